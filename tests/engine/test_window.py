@@ -1,0 +1,159 @@
+"""The step contract, row by row: what a call means in an accumulation window."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zeroaccel.engine.window import Cutter, Window
+
+
+def run_library(window: Window, batches: int) -> list[bool]:
+    """A loop that calls step() after every batch."""
+    real = []
+    for batch in range(batches):
+        window.backward(batch)
+        real.append(window.step())
+        if real[-1]:
+            window.close()
+    return real
+
+
+@given(size=st.integers(1, 8), batches=st.integers(1, 40))
+def test_library_counts_to_n(size: int, batches: int) -> None:
+    window = Window(size)
+    assert run_library(window, batches) == [(batch + 1) % size == 0 for batch in range(batches)]
+    assert window.micro_batches == batches % size
+
+
+@given(size=st.integers(1, 8), per_step=st.integers(2, 8), steps=st.integers(1, 5))
+def test_every_step_is_real_where_the_script_cuts(size: int, per_step: int, steps: int) -> None:
+    window = Window(size)
+    for step in range(steps):
+        for batch in range(per_step):
+            window.backward(step * per_step + batch)
+        assert window.step()
+        assert window.cutter is Cutter.SCRIPT
+        assert window.correction == 1.0
+        window.close()
+
+
+@given(size=st.integers(1, 8), blocks=st.integers(1, 30))
+def test_accumulate_closes_each_nth_block_and_the_last(size: int, blocks: int) -> None:
+    window, counted = Window(size), 0
+    for block in range(blocks):
+        closing = (block + 1) % size == 0 or block == blocks - 1
+        window.enter_context(closing)
+        window.backward(block)
+        counted += 1
+        assert window.step() is closing
+        if closing:
+            assert window.correction == (size / counted if counted < size else 1.0)
+            window.close()
+            counted = 0
+        window.leave_context()
+
+
+@given(losses=st.integers(1, 4), size=st.integers(1, 5))
+def test_several_backwards_of_one_batch_are_one_micro_batch(losses: int, size: int) -> None:
+    window = Window(size)
+    for batch in range(size):
+        for _ in range(losses):
+            window.backward(batch)
+        assert window.micro_batches == batch + 1
+        assert window.step() is (batch + 1 == size)
+
+
+def test_without_a_loader_a_micro_batch_lies_between_two_steps() -> None:
+    window = Window(2)
+    for expected in (False, True, False, True):
+        window.backward(None)
+        window.backward(None)
+        assert window.step() is expected
+        if expected:
+            window.close()
+
+
+def test_a_window_open_at_the_end_of_an_epoch_goes_on_under_the_librarys_count() -> None:
+    window = Window(4)
+    assert run_library(window, 6) == [False, False, False, True, False, False]
+    window.backward(100)
+    assert not window.step()
+    window.backward(101)
+    assert window.step()
+    assert window.correction == 1.0
+
+
+def test_a_step_right_behind_the_context_belongs_to_it() -> None:
+    window = Window(2)
+    window.enter_context(closing=False)
+    window.backward(0)
+    window.leave_context()
+    assert not window.step()
+    window.enter_context(closing=True)
+    window.backward(1)
+    window.leave_context()
+    assert window.step()
+
+
+def test_assigning_sync_gradients_makes_the_script_cut() -> None:
+    window = Window(4)
+    window.backward(0)
+    assert not window.step(script_cuts=True, script_syncs=False)
+    window.backward(1)
+    assert window.step(script_cuts=True, script_syncs=True)
+    assert window.cutter is Cutter.SCRIPT
+
+
+def test_step_without_a_backward_does_nothing() -> None:
+    window = Window(1)
+    assert not window.step()
+    window.enter_context(closing=True)
+    assert not window.step()
+
+
+@pytest.mark.parametrize("order", ["zero_grad first", "zero_grad last"])
+def test_zero_grad_in_an_open_window_keeps_the_gradients(order: str) -> None:
+    window = Window(3)
+    for block in range(3):
+        window.enter_context(closing=block == 2)
+        if order == "zero_grad first":
+            assert window.clears is (block == 0)
+        window.backward(block)
+        if order == "zero_grad last" and not window.step():
+            assert not window.clears
+        window.leave_context()
+    assert window.step()
+
+
+def test_zero_grad_after_the_backward_of_the_closing_block_throws_away() -> None:
+    window = Window(2)
+    for block, closing in enumerate((False, True)):
+        window.enter_context(closing)
+        window.backward(block)
+    assert window.clears
+
+
+def test_zero_grad_is_real_where_the_script_cuts() -> None:
+    window = Window(4)
+    window.backward(0)
+    assert window.clears
+
+
+def test_a_loss_that_is_scaled_already_is_never_rescaled() -> None:
+    window = Window(4)
+    window.enter_context(closing=True)
+    window.backward(0, scaled=False)
+    assert window.step()
+    assert window.correction == 1.0
+
+
+def test_a_loop_that_never_steps_is_noticed_after_a_full_window() -> None:
+    window = Window(2)
+    window.backward(0)
+    assert not window.forgotten
+    window.backward(1)
+    assert window.forgotten
+    window.step()
+    assert not window.forgotten

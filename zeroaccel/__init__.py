@@ -1,0 +1,45 @@
+"""A plain PyTorch loop on DeepSpeed ZeRO. Importing this loads neither torch nor DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zeroaccel.lazy import reexport
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from zeroaccel.accelerator import Accelerator as Accelerator
+    from zeroaccel.config.options import AutocastKwargs as AutocastKwargs
+    from zeroaccel.config.options import DataLoaderConfiguration as DataLoaderConfiguration
+    from zeroaccel.config.options import DDPCommunicationHookType as DDPCommunicationHookType
+    from zeroaccel.config.options import DistributedDataParallelKwargs as DistributedDataParallelKwargs
+    from zeroaccel.config.options import GradScalerKwargs as GradScalerKwargs
+    from zeroaccel.config.options import InitProcessGroupKwargs as InitProcessGroupKwargs
+    from zeroaccel.config.options import ProfileKwargs as ProfileKwargs
+    from zeroaccel.config.plugin import DeepSpeedPlugin as DeepSpeedPlugin
+    from zeroaccel.config.types import DistributedType as DistributedType
+    from zeroaccel.data_loader import skip_first_batches as skip_first_batches
+    from zeroaccel.distributed.random import synchronize_rng_states as synchronize_rng_states
+    from zeroaccel.state import PartialState as PartialState
+
+__getattr__, __all__ = reexport(
+    __name__,
+    {
+        "zeroaccel.accelerator": ["Accelerator"],
+        "zeroaccel.config.options": [
+            "AutocastKwargs",
+            "DDPCommunicationHookType",
+            "DataLoaderConfiguration",
+            "DistributedDataParallelKwargs",
+            "GradScalerKwargs",
+            "InitProcessGroupKwargs",
+            "ProfileKwargs",
+        ],
+        "zeroaccel.config.plugin": ["DeepSpeedPlugin"],
+        "zeroaccel.config.types": ["DistributedType"],
+        "zeroaccel.data_loader": ["skip_first_batches"],
+        "zeroaccel.distributed.random": ["synchronize_rng_states"],
+        "zeroaccel.state": ["PartialState"],
+    },
+)

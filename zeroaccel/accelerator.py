@@ -1,0 +1,668 @@
+"""`Accelerator`: the vocabulary of the training loop. Every word is carried out by a room to the left of this one."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from zeroaccel.config import environment
+from zeroaccel.config.options import (
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    ProfileKwargs,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+)
+from zeroaccel.config.plugin import DeepSpeedPlugin
+from zeroaccel.config.types import DistributedType, PrecisionType
+from zeroaccel.data_loader import prepare_data_loader, skip_first_batches
+from zeroaccel.distributed import operations
+from zeroaccel.engine.arguments import Kind, kind_of, mark_prepared
+from zeroaccel.engine.backend import Setup, make_backend
+from zeroaccel.engine.optimizer import AcceleratedOptimizer
+from zeroaccel.engine.scheduler import AcceleratedScheduler
+from zeroaccel.engine.unwrap import extract_model_from_parallel
+from zeroaccel.engine.wrapper import DeepSpeedEngineWrapper
+from zeroaccel.errors import ConfigError, ConfigTypeError, UnsupportedError
+from zeroaccel.state import AcceleratorState, GradientState, PartialState
+
+if TYPE_CHECKING:
+    from zeroaccel.config.auto import ResolvedConfig
+
+Plugins = DeepSpeedPlugin | dict[str, DeepSpeedPlugin]
+
+
+def _refuse_other_strategies(**strategies: Any) -> None:
+    named = sorted(name for name, value in strategies.items() if value is not None)
+    if named:
+        raise UnsupportedError(f"{', '.join(named)}: this library trains with DeepSpeed ZeRO only; leave it out")
+
+
+def _check_plugins(plugin: Plugins | None, plugins: Plugins | None) -> Plugins | None:
+    """The plugin or plugins that the script passed, checked."""
+    if plugin is not None and plugins is not None:
+        raise ConfigError("deepspeed_plugin and deepspeed_plugins were both passed: pass one of them")
+    given = plugin if plugin is not None else plugins
+    for each in given.values() if isinstance(given, dict) else [given] if given is not None else []:
+        if not isinstance(each, DeepSpeedPlugin):
+            raise ConfigTypeError(f"deepspeed_plugin must be a DeepSpeedPlugin, got {type(each).__name__}")
+    return given
+
+
+def _choose_plugins(given: Plugins | None) -> tuple[Plugins | None, bool]:
+    """The plugins of this run, and whether DeepSpeed was chosen only because there are several processes."""
+    existing = AcceleratorState._shared_state.get("deepspeed_plugins")
+    if given is not None and existing is not None:
+        raise UnsupportedError(
+            "a second Accelerator shares the plugins of the first: pass all of them to the first one,"
+            " as deepspeed_plugins={'name': plugin, ...}"
+        )
+    if given is not None or existing is not None:
+        return (given if existing is None else existing), False
+    if environment.flag("USE_DEEPSPEED"):
+        return DeepSpeedPlugin(), False
+    ranks = environment.launched_ranks()
+    if ranks is not None and ranks.world_size > 1:
+        return DeepSpeedPlugin(zero_stage=0), True
+    return None, False
+
+
+def _sort_handlers(handlers: list[KwargsHandler] | None) -> dict[type, KwargsHandler]:
+    found: dict[type, KwargsHandler] = {}
+    for handler in handlers or []:
+        if not isinstance(handler, KwargsHandler):
+            raise ConfigTypeError(f"kwargs_handlers takes KwargsHandler objects, got {type(handler).__name__}")
+        if type(handler) in found:
+            raise ConfigError(f"kwargs_handlers holds two {type(handler).__name__}: pass one")
+        found[type(handler)] = handler
+    return found
+
+
+def _accumulation_plugin(
+    steps: int, plugin: GradientAccumulationPlugin | None
+) -> tuple[GradientAccumulationPlugin, bool]:
+    """What to accumulate before `prepare()`, and whether the script typed a number."""
+    if plugin is not None and steps != 1:
+        raise ConfigError(
+            f"gradient_accumulation_steps={steps} and a gradient_accumulation_plugin were both passed: pass one of them"
+        )
+    typed = plugin is not None or steps != 1
+    if plugin is None:
+        launched = environment.text("GRADIENT_ACCUMULATION_STEPS")
+        plugin = GradientAccumulationPlugin(num_steps=int(launched) if launched and launched != "auto" else steps)
+    return plugin, typed
+
+
+class Accelerator:
+    """Runs a PyTorch training loop on DeepSpeed ZeRO, or on plain PyTorch where there is nothing to shard.
+
+    Args:
+        device_placement: move models and batches to the device (without DeepSpeed, which always does).
+        split_batches: the loader's batch size is that of all ranks together.
+        mixed_precision: "no", "fp16", "bf16" or "fp8"; beats the launcher's.
+        gradient_accumulation_steps: micro-batches of an optimizer step; a number in the DeepSpeed config, the plugin
+            or the launcher beats it.
+        cpu: train on the CPU even if there is a GPU.
+        dataloader_config: how loaders are sharded.
+        deepspeed_plugin, deepspeed_plugins: a plugin, or several by name.
+        rng_types: generators kept in step over the ranks; default `["generator"]`.
+        log_with: experiment trackers.
+        project_dir, project_config: where checkpoints and logs go.
+        gradient_accumulation_plugin: accumulation with its finer options.
+        step_scheduler_with_optimizer: False steps a scheduler at every call.
+        kwargs_handlers: options for the process group, autocast, the gradient scaler.
+        dynamo_backend, dynamo_plugin: `torch.compile`.
+
+    Raises:
+        ConfigError: arguments that contradict each other, or come too late.
+        UnsupportedError: another strategy than ZeRO.
+    """
+
+    def __init__(
+        self,
+        device_placement: bool = True,
+        split_batches: bool = False,
+        mixed_precision: PrecisionType | str | None = None,
+        gradient_accumulation_steps: int = 1,
+        cpu: bool = False,
+        dataloader_config: DataLoaderConfiguration | None = None,
+        deepspeed_plugin: Plugins | None = None,
+        fsdp_plugin: Any = None,
+        torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None,
+        rng_types: list[str] | None = None,
+        log_with: Any = None,
+        project_dir: str | os.PathLike[str] | None = None,
+        project_config: ProjectConfiguration | None = None,
+        gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
+        step_scheduler_with_optimizer: bool = True,
+        kwargs_handlers: list[KwargsHandler] | None = None,
+        dynamo_backend: str | None = None,
+        dynamo_plugin: TorchDynamoPlugin | None = None,
+        deepspeed_plugins: Plugins | None = None,
+        parallelism_config: Any = None,
+    ) -> None:
+        _refuse_other_strategies(
+            fsdp_plugin=fsdp_plugin,
+            torch_tp_plugin=torch_tp_plugin,
+            megatron_lm_plugin=megatron_lm_plugin,
+            parallelism_config=parallelism_config,
+        )
+        self._read_project(project_dir, project_config)
+        self._read_handlers(kwargs_handlers)
+        plugins, implicit = _choose_plugins(_check_plugins(deepspeed_plugin, deepspeed_plugins))
+        self._make_state(mixed_precision, cpu, plugins, dynamo_backend, dynamo_plugin)
+        accumulation, typed = _accumulation_plugin(gradient_accumulation_steps, gradient_accumulation_plugin)
+        self.gradient_state = GradientState(gradient_accumulation_plugin=accumulation)
+        self._adopt_plugin_accumulation()
+        self.device_placement = device_placement
+        self.dataloader_config = dataloader_config or DataLoaderConfiguration()
+        if split_batches:
+            self.dataloader_config.split_batches = True
+        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
+        self.rng_types = ["generator"] if rng_types is None else rng_types
+        self.log_with = log_with
+        self._reset_loop()
+        self._make_backend(typed, implicit)
+
+    # --- construction -------------------------------------------------------------------------------------------
+
+    def _read_project(self, project_dir: str | os.PathLike[str] | None, config: ProjectConfiguration | None) -> None:
+        directory = None if project_dir is None else os.fspath(project_dir)
+        self.project_configuration = config or ProjectConfiguration(project_dir=directory)
+        if directory is not None and self.project_configuration.project_dir is None:
+            self.project_configuration.set_directories(directory)
+
+    def _read_handlers(self, handlers: list[KwargsHandler] | None) -> None:
+        found = _sort_handlers(handlers)
+        self.ddp_handler = found.get(DistributedDataParallelKwargs)
+        self.scaler_handler = found.get(GradScalerKwargs)
+        self.init_handler = found.get(InitProcessGroupKwargs)
+        self.autocast_handler = found.get(AutocastKwargs)
+        self.profile_handler = found.get(ProfileKwargs)
+
+    def _make_state(
+        self,
+        mixed_precision: PrecisionType | str | None,
+        cpu: bool,
+        plugins: Plugins | None,
+        dynamo_backend: str | None,
+        dynamo_plugin: TorchDynamoPlugin | None,
+    ) -> None:
+        if mixed_precision is not None and str(mixed_precision) not in PrecisionType:
+            raise ConfigError(f"mixed_precision={mixed_precision!r} is unknown: choose from {PrecisionType.list()}")
+        if dynamo_backend is not None and dynamo_plugin is not None:
+            raise ConfigError("dynamo_backend and dynamo_plugin were both passed: pass one of them")
+        self.state = AcceleratorState(
+            mixed_precision=None if mixed_precision is None else str(mixed_precision),
+            cpu=cpu,
+            dynamo_plugin=dynamo_plugin or TorchDynamoPlugin(**({"backend": dynamo_backend} if dynamo_backend else {})),
+            deepspeed_plugin=plugins,
+            _from_accelerator=True,
+            **(self.init_handler.to_kwargs() if self.init_handler else {}),
+        )
+
+    def _adopt_plugin_accumulation(self) -> None:
+        plugin = self.deepspeed_plugin
+        if plugin is not None and isinstance(plugin.gradient_accumulation_steps, int):
+            self.gradient_accumulation_steps = plugin.gradient_accumulation_steps
+
+    def _reset_loop(self) -> None:
+        self.step = 0
+        self.flag_tensor: torch.Tensor | None = None
+        self.trackers: list[Any] = []
+        self._models: list[Any] = []
+        self._optimizers: list[Any] = []
+        self._schedulers: list[Any] = []
+        self._dataloaders: list[Any] = []
+        self._custom_objects: list[Any] = []
+        self.deepspeed_engine_wrapped: DeepSpeedEngineWrapper | None = None
+
+    def _make_backend(self, accumulation_typed: bool, implicit_plugin: bool) -> None:
+        setup = Setup(
+            prepare_loader=self.prepare_data_loader,
+            device_placement=self.device_placement,
+            split_batches=self.split_batches,
+            step_scheduler_with_optimizer=self.step_scheduler_with_optimizer,
+            accumulation_typed=accumulation_typed,
+            implicit_plugin=implicit_plugin,
+            scaler_options=self.scaler_handler.to_kwargs() if self.scaler_handler else None,
+            autocast_options=self.autocast_handler.to_kwargs() if self.autocast_handler else None,
+        )
+        self._backend = make_backend(setup, self.state, self.gradient_state)
+        self.scaler = self._backend.scaler
+        self.native_amp = self.deepspeed_plugin is None and self.mixed_precision != PrecisionType.NO
+
+    # --- what this process is -----------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        return self.state.device  # type: ignore[no-any-return]
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """`DEEPSPEED`, or `NO` on plain PyTorch."""
+        return self.state.distributed_type
+
+    @property
+    def num_processes(self) -> int:
+        """World size."""
+        return int(self.state.num_processes)
+
+    @property
+    def process_index(self) -> int:
+        """Rank."""
+        return int(self.state.process_index)
+
+    @property
+    def local_process_index(self) -> int:
+        """Rank on this node."""
+        return int(self.state.local_process_index)
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0."""
+        return PartialState().is_main_process
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is rank 0 of its node."""
+        return PartialState().is_local_main_process
+
+    @property
+    def is_last_process(self) -> bool:
+        """Whether this is the highest rank."""
+        return PartialState().is_last_process
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there is more than one process."""
+        return PartialState().use_distributed
+
+    @property
+    def multi_device(self) -> bool:
+        """Whether there is more than one process, each with a device."""
+        return self.use_distributed
+
+    @property
+    def mixed_precision(self) -> str:
+        """`"no"`, `"fp16"`, `"bf16"` or `"fp8"`, as it runs."""
+        return self.state.mixed_precision
+
+    @property
+    def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
+        """The selected plugin, None without DeepSpeed."""
+        return self.state.deepspeed_plugin
+
+    @property
+    def deepspeed_config(self) -> dict[str, Any] | None:
+        """The DeepSpeed config; after `prepare()` with every value that runs."""
+        plugin = self.deepspeed_plugin
+        return None if plugin is None else plugin.deepspeed_config
+
+    @property
+    def project_dir(self) -> str | None:
+        """Where the project's files go."""
+        return self.project_configuration.project_dir
+
+    @property
+    def logging_dir(self) -> str | None:
+        """Where logs go."""
+        return self.project_configuration.logging_dir
+
+    @property
+    def save_iteration(self) -> int:
+        """Number of the next automatically named checkpoint."""
+        return self.project_configuration.iteration
+
+    @property
+    def split_batches(self) -> bool:
+        """Whether a loader's batch size is that of all ranks together."""
+        return self.dataloader_config.split_batches
+
+    @property
+    def dispatch_batches(self) -> bool | None:
+        """Whether rank 0 reads and hands out; None decides by loader."""
+        return self.dataloader_config.dispatch_batches
+
+    @property
+    def even_batches(self) -> bool:
+        """Whether every rank gets equally many batches."""
+        return self.dataloader_config.even_batches
+
+    @even_batches.setter
+    def even_batches(self, value: bool) -> None:
+        self.dataloader_config.even_batches = value
+
+    @property
+    def use_seedable_sampler(self) -> bool:
+        """Whether shuffling follows a seed of its own."""
+        return self.dataloader_config.use_seedable_sampler
+
+    @property
+    def non_blocking(self) -> bool:
+        """Whether batches are moved without waiting."""
+        return self.dataloader_config.non_blocking
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        """Whether loaders keep their position."""
+        return self.dataloader_config.use_stateful_dataloader
+
+    def on_main_process(self, function: Callable[..., Any] | None = None) -> Any:
+        """Decorator: runs on rank 0 only."""
+        return PartialState().on_main_process(function)
+
+    def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Any:
+        """Decorator: runs on the first rank of each node only."""
+        return PartialState().on_local_main_process(function)
+
+    def on_last_process(self, function: Callable[..., Any]) -> Any:
+        """Decorator: runs on the highest rank only."""
+        return PartialState().on_last_process(function)
+
+    def on_process(self, function: Callable[..., Any] | None = None, process_index: int | None = None) -> Any:
+        """Decorator: runs on one rank only."""
+        return PartialState().on_process(function, process_index)
+
+    def on_local_process(
+        self, function: Callable[..., Any] | None = None, local_process_index: int | None = None
+    ) -> Any:
+        """Decorator: runs on one rank of each node only."""
+        return PartialState().on_local_process(function, local_process_index)
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        """Rank 0 runs the block before the others."""
+        return PartialState().main_process_first()
+
+    def local_main_process_first(self) -> AbstractContextManager[None]:
+        """The first rank of each node runs the block before the others there."""
+        return PartialState().local_main_process_first()
+
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
+        """This rank's share of `inputs`; see `PartialState.split_between_processes`."""
+        return PartialState().split_between_processes(inputs, apply_padding)
+
+    def wait_for_everyone(self) -> None:
+        """Returns once every rank is here."""
+        PartialState().wait_for_everyone()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """`print`, once a node."""
+        PartialState().print(*args, **kwargs)
+
+    # --- prepare ------------------------------------------------------------------------------------------------
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """Prepares models, optimizers, loaders and schedulers, in any order and subset.
+
+        Args:
+            args: the objects; what is none of these, and what was prepared before, comes back untouched.
+            device_placement: one flag an object, without DeepSpeed only.
+
+        Returns:
+            What became of them, in the caller's order; a single object not in a tuple.
+
+        Raises:
+            ConfigError: what cannot work, with the remedy.
+        """
+        if device_placement is not None and len(device_placement) != len(args):
+            raise ConfigError(f"device_placement has {len(device_placement)} flags for {len(args)} objects: give one each")
+        result = self._backend.prepare(args, device_placement)
+        for value in result:
+            self._register(value)
+        return result if len(result) > 1 else result[0]
+
+    def _register(self, value: Any) -> None:
+        if not getattr(value, "_is_accelerate_prepared", False):
+            return
+        kinds: list[tuple[type, list[Any]]] = [
+            (torch.nn.Module, self._models),
+            (AcceleratedOptimizer, self._optimizers),
+            (AcceleratedScheduler, self._schedulers),
+            (DataLoader, self._dataloaders),
+        ]
+        for kind, known in kinds:
+            if isinstance(value, kind) and not any(value is other for other in known):
+                known.append(value)
+        if self.deepspeed_plugin is not None and isinstance(value, torch.nn.Module):
+            self.deepspeed_engine_wrapped = self.deepspeed_engine_wrapped or DeepSpeedEngineWrapper(value)
+
+    def prepare_model(
+        self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
+        """Prepares one model. With `evaluation_mode` below stage 3 it is only moved to the device."""
+        plugin = self.deepspeed_plugin
+        if evaluation_mode and plugin is not None and plugin.zero_stage != 3:
+            return model.to(self.device).eval()
+        return self.prepare(model, device_placement=None if device_placement is None else [device_placement])
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
+        """Prepares one optimizer; under DeepSpeed it must come with its model, in one `prepare()` call."""
+        return self.prepare(optimizer, device_placement=None if device_placement is None else [device_placement])
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """Prepares a scheduler whose optimizer was prepared before."""
+        if kind_of(scheduler) is not Kind.SCHEDULER:
+            return scheduler
+        prepared = self._backend.prepare_scheduler(scheduler, self._optimizers)
+        self._register(prepared)
+        return prepared
+
+    def prepare_data_loader(
+        self,
+        data_loader: DataLoader[Any],
+        device_placement: bool | None = None,
+        slice_fn_for_dispatch: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Shards one loader over the ranks and moves its batches to the device.
+
+        Args:
+            data_loader: a prepared one comes back untouched.
+            device_placement: move the batches; default: as the Accelerator was told.
+            slice_fn_for_dispatch: how rank 0 cuts a batch for the others, with `dispatch_batches`.
+        """
+        if getattr(data_loader, "_is_accelerate_prepared", False):
+            return data_loader
+        config = self.dataloader_config
+        prepared = prepare_data_loader(
+            data_loader,
+            self.device,
+            num_processes=self.num_processes,
+            process_index=self.process_index,
+            split_batches=config.split_batches,
+            put_on_device=self.device_placement if device_placement is None else device_placement,
+            rng_types=list(self.rng_types),
+            dispatch_batches=config.dispatch_batches,
+            even_batches=config.even_batches,
+            slice_fn_for_dispatch=slice_fn_for_dispatch,
+            use_seedable_sampler=config.use_seedable_sampler,
+            data_seed=config.data_seed,
+            non_blocking=config.non_blocking,
+            use_stateful_dataloader=config.use_stateful_dataloader,
+        )
+        self._register(mark_prepared(prepared))
+        return prepared
+
+    def skip_first_batches(self, dataloader: DataLoader[Any], num_batches: int = 0) -> Any:
+        """The loader without its first `num_batches` batches, for one epoch."""
+        return skip_first_batches(dataloader, num_batches=num_batches)
+
+    def explain(self) -> ResolvedConfig | None:
+        """Prints, on rank 0, every value that the newest `prepare()` resolved, with source and reason.
+
+        Returns:
+            The same as data; None without DeepSpeed or before `prepare()`.
+        """
+        resolved = self._backend.explanation()
+        if resolved is not None:
+            self.print(resolved.table())
+        return resolved
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of an optimizer step."""
+        return self.gradient_state.num_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, steps: int) -> None:
+        self.gradient_state.plugin_kwargs["num_steps"] = steps
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether this micro-batch closes its accumulation window; a script that assigns it cuts its windows itself."""
+        return self.gradient_state.sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, sync_gradients: bool) -> None:
+        self.gradient_state.sync_gradients = sync_gradients
+
+    def _do_sync(self) -> bool:
+        state = self.gradient_state
+        if state.sync_with_dataloader and state.end_of_dataloader:
+            self.step, closing = 0, True
+        else:
+            self.step += 1
+            closing = self.step % state.num_steps == 0
+        state._mirror_sync_gradients(closing)
+        return closing
+
+    @contextmanager
+    def accumulate(self, *models: Any) -> Iterator[None]:
+        """One micro-batch: `step`, `zero_grad` and the scheduler act in the last block of each window only.
+
+        The window closes after `gradient_accumulation_steps` blocks and at the end of the loader.
+
+        Args:
+            models: accepted as in Accelerate; nothing is communicated before the window closes anyway.
+        """
+        with self._backend.accumulation(self._do_sync()):
+            yield
+
+    @contextmanager
+    def no_sync(self, model: Any) -> Iterator[None]:
+        """Kept for scripts: a backward pass only accumulates here, so there is nothing to hold back."""
+        yield
+
+    @staticmethod
+    @contextmanager
+    def trigger_sync_in_backward(model: Any) -> Iterator[None]:
+        """Kept for scripts: gradients are averaged when the window closes."""
+        yield
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Accumulates the gradients of `loss`, divided by the gradient accumulation steps. Updates nothing.
+
+        Args:
+            loss: scalar.
+            kwargs: `retain_graph`, and `scale_wrt_gas=False` for a loss that is scaled already.
+        """
+        self._backend.backward(loss, **kwargs)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
+        """Clips the coming step's gradients to `max_norm` (0: not at all) and returns their norm before."""
+        return self._backend.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clamps every gradient element of the coming step to [-clip_value, clip_value]."""
+        self._backend.clip_grad_value_(parameters, clip_value)
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        """Divides the gradients by the fp16 scaler's factor, before reading them; DeepSpeed needs no call."""
+        chosen = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self._backend.unscale_gradients(list(chosen))
+
+    @contextmanager
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Iterator[None]:
+        """Mixed precision for code outside the model; nothing under DeepSpeed, whose models are in 16 bit."""
+        handler = autocast_handler or self.autocast_handler
+        with self._backend.autocast(handler.to_kwargs() if handler else None):
+            yield
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether a prepared optimizer gave up its last real step because of an overflow."""
+        return any(optimizer.step_was_skipped for optimizer in self._optimizers)
+
+    # --- across the ranks ---------------------------------------------------------------------------------------
+
+    def gather(self, tensor: Any) -> Any:
+        """Tensors of all ranks, concatenated in the first dimension; nested structures too."""
+        return operations.gather(tensor)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """`gather` without the samples that were repeated to fill the loader's last batch."""
+        return operations.gather_for_metrics(input_data, self.gradient_state, use_gather_object)
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Sum or mean over the ranks, times `scale`."""
+        return operations.reduce(tensor, reduction, scale)
+
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+        """Pads tensors to the longest of all ranks in dimension `dim`."""
+        return operations.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+
+    def set_trigger(self) -> None:
+        """Raises a flag on this rank, which `check_trigger` sees on all."""
+        self.flag_tensor = torch.tensor(1, device=self.device)
+
+    def check_trigger(self) -> bool:
+        """Whether any rank raised its flag; lowers it. Every rank must ask."""
+        if self.flag_tensor is None:
+            self.flag_tensor = torch.tensor(0, device=self.device)
+        raised = bool(self.reduce(self.flag_tensor).item() >= 1)
+        if raised:
+            self.flag_tensor = torch.tensor(0, device=self.device)
+        return raised
+
+    # --- models afterwards --------------------------------------------------------------------------------------
+
+    def unwrap_model(
+        self, model: torch.nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
+    ) -> Any:
+        """The user's own module inside what `prepare()` returned."""
+        return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
+
+    def verify_device_map(self, model: torch.nn.Module) -> bool:
+        """Whether the model is spread over several devices by a device map."""
+        return any(len(getattr(module, "hf_device_map", None) or ()) > 1 for module in model.modules())
+
+    def free_memory(self, *objects: Any) -> list[None]:
+        """Lets go of everything that was prepared, so that its memory is free.
+
+        Returns:
+            One None an object: `model, optimizer = accelerator.free_memory(model, optimizer)`.
+        """
+        self._backend.release()
+        self._reset_loop()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [None] * len(objects)
+
+    clear = free_memory
+
+    def end_training(self) -> None:
+        """The last call of a script: ends trackers and the process group."""
+        for tracker in self.trackers:
+            with contextlib.suppress(AttributeError):
+                tracker.finish()
+        PartialState().destroy_process_group()
+
+    def __deepcopy__(self, memo: Any) -> Accelerator:
+        return self

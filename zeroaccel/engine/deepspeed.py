@@ -1,0 +1,314 @@
+"""The DeepSpeed backend: facts, resolve, `deepspeed.initialize`, and back in the caller's order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from zeroaccel.config import auto, schema
+from zeroaccel.config.auto import Facts, ResolvedConfig
+from zeroaccel.engine import compat, facts, stepping
+from zeroaccel.engine.arguments import (
+    DEEPSPEED_SCHEDULERS,
+    Kind,
+    distinct,
+    mark_prepared,
+    owned_by,
+    parameters_of,
+    refuse_device_map,
+    replace,
+)
+from zeroaccel.engine.backend import Setup
+from zeroaccel.engine.offload import for_offload, refuse_shape_dependent
+from zeroaccel.engine.optimizer import DeepSpeedOptimizerWrapper, DummyOptim
+from zeroaccel.engine.precision import guard_inputs
+from zeroaccel.engine.scheduler import AcceleratedScheduler, DeepSpeedSchedulerWrapper, DummyScheduler
+from zeroaccel.engine.stepping import Stepper
+from zeroaccel.errors import ConfigError, UnsupportedError, UsageError
+from zeroaccel.logging import library_logger
+from zeroaccel.state import AcceleratorState, GradientState
+
+logger = library_logger(__name__)
+
+
+class DeepSpeedBackend:
+    """Every model becomes a `DeepSpeedEngine`, every optimizer drives one."""
+
+    scaler: Any = None
+
+    def __init__(self, setup: Setup, state: AcceleratorState, gradient_state: GradientState) -> None:
+        compat.use_device(state.device)
+        compat.check_deepspeed()
+        self._setup = setup
+        self._state = state
+        self._gradient_state = gradient_state
+        self._steppers: list[Stepper] = []
+        self._optimizers: list[tuple[Any, DeepSpeedOptimizerWrapper]] = []  # the user's, what became of it
+        self._resolved: ResolvedConfig | None = None
+        self._micro_batch_size: int | None = 1 if setup.implicit_plugin else None
+
+    # --- prepare ------------------------------------------------------------------------------------------------
+
+    def prepare(self, objects: tuple[Any, ...], device_placement: list[bool] | None) -> tuple[Any, ...]:
+        """Resolves the config and builds an engine for each model.
+
+        Raises:
+            ConfigError: the objects or the config contradict each other.
+        """
+        if device_placement is not None:
+            raise ConfigError("device_placement cannot be chosen under DeepSpeed, which places models itself: leave it out")
+        models = distinct(objects, Kind.MODEL)
+        optimizers, schedulers = distinct(objects, Kind.OPTIMIZER), distinct(objects, Kind.SCHEDULER)
+        loaders = distinct(objects, Kind.LOADER)
+        refuse_device_map(models, distributed=True)
+        replacements: dict[int, Any] = {id(loader): self._setup.prepare_loader(loader) for loader in loaders}
+        for model in models:
+            optimizer = owned_by(model, optimizers, parameters_of, "optimizer")
+            scheduler = self._scheduler_for(optimizer, schedulers, alone=len(models) == 1)
+            made = self._prepare_model(model, optimizer, scheduler, loaders)
+            replacements.update(made)
+        if not models and loaders:
+            self._note_batch_size(loaders)
+        for optimizer in optimizers:
+            if id(optimizer) not in replacements:
+                raise ConfigError(
+                    f"{type(optimizer).__name__} holds no parameter of a model in this prepare() call: DeepSpeed shards"
+                    " model and optimizer together, so pass both: model, optimizer = accelerator.prepare(model, optimizer)"
+                )
+        for scheduler in schedulers:
+            if id(scheduler) not in replacements:
+                replacements[id(scheduler)] = self.prepare_scheduler(scheduler, [w for _, w in self._optimizers])
+        return replace(objects, replacements)
+
+    def _scheduler_for(self, optimizer: Any, schedulers: list[Any], alone: bool) -> Any:
+        if alone and len(schedulers) == 1:
+            return schedulers[0]
+        return next((s for s in schedulers if getattr(s, "optimizer", None) is optimizer), None)
+
+    def _resolve(
+        self, model: torch.nn.Module, optimizer: Any, scheduler: Any, loaders: list[Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        plugin = self._state.deepspeed_plugin
+        assert plugin is not None
+        known = Facts(
+            world_size=self._state.num_processes,
+            split_batches=self._setup.split_batches,
+            accumulation_steps=self._gradient_state.num_steps,
+            accumulation_typed=self._setup.accumulation_typed,
+            loaders=facts.loader_facts(loaders),
+            known_micro_batch_size=self._micro_batch_size,
+            model=facts.model_fact(model),
+            optimizer=None if optimizer is None else facts.optimizer_fact(optimizer),
+            scheduler=None if scheduler is None else facts.scheduler_fact(scheduler),
+        )
+        resolved = auto.resolve(plugin, known)
+        if problems := schema.check(resolved.config):
+            raise ConfigError.join(problems)
+        for warning in resolved.warnings:
+            logger.warning(warning)
+        plugin.adopt(resolved)
+        self._resolved = resolved
+        self._micro_batch_size = int(resolved.config["train_micro_batch_size_per_gpu"])
+        self._gradient_state.plugin_kwargs["num_steps"] = int(resolved.config["gradient_accumulation_steps"])
+        return plugin, copy.deepcopy(resolved.config)
+
+    def _note_batch_size(self, loaders: list[Any]) -> None:
+        """Remembers the batch size of loaders that are prepared apart from the model."""
+        sizes = [fact.batch_size for fact in facts.loader_facts(loaders) if fact.training and fact.batch_size]
+        if sizes:
+            share = self._state.num_processes if self._setup.split_batches else 1
+            self._micro_batch_size = max(1, min(sizes) // share)
+
+    def _prepare_model(
+        self, model: torch.nn.Module, optimizer: Any, scheduler: Any, loaders: list[Any]
+    ) -> dict[int, Any]:
+        plugin, config = self._resolve(model, optimizer, scheduler, loaders)
+        stage = int(config["zero_optimization"]["stage"])
+        if optimizer is None and stage in (1, 2):
+            raise ConfigError(
+                f"ZeRO stage {stage} shards an optimizer, but prepare() got a {type(model).__name__} without one:"
+                " pass the optimizer in the same call, or use zero_stage=3 (or 0) for inference"
+            )
+        plugin.set_moe_leaf_modules(model)
+        arguments: dict[str, Any] = {"model": model, "config": config}
+        if isinstance(optimizer, DummyOptim):
+            arguments["model_parameters"] = optimizer.params
+        elif optimizer is not None:
+            refuse_shape_dependent(optimizer, stage)
+            config["zero_allow_untested_optimizer"] = True
+            arguments["optimizer"] = for_offload(optimizer, config)
+        self._hand_over_scheduler(scheduler, arguments)
+        # DeepSpeed replaces the groups' parameters by its flat partitions, so they are noted before.
+        trained = {id(p) for p in parameters_of(optimizer) if p.requires_grad} if optimizer is not None else set()
+        engine, sharded, _, engine_scheduler = deepspeed.initialize(**arguments)
+        made: dict[int, Any] = {id(model): self._finish_engine(engine)}
+        if optimizer is not None:
+            stepper = Stepper(engine, trained, self._gradient_state)
+            made.update(self._wrap(stepper, sharded, engine_scheduler, optimizer, scheduler))
+            self._log_summary(stepper)
+        return made
+
+    def _hand_over_scheduler(self, scheduler: Any, arguments: dict[str, Any]) -> None:
+        if isinstance(scheduler, DummyScheduler):
+            if scheduler.lr_scheduler_callable is not None:
+                arguments["lr_scheduler"] = scheduler.lr_scheduler_callable
+        elif type(scheduler).__name__ in DEEPSPEED_SCHEDULERS:
+            if "optimizer" in arguments:
+                scheduler.optimizer = arguments["optimizer"]  # the one that steps, under offload another than the user's
+            arguments["lr_scheduler"] = scheduler
+
+    def _finish_engine(self, engine: Any) -> Any:
+        plugin = self._state.deepspeed_plugin
+        assert plugin is not None
+        engine.no_sync = nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
+        guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs)
+        return mark_prepared(engine)
+
+    def _wrap(
+        self, stepper: Stepper, sharded: Any, engine_scheduler: Any, optimizer: Any, scheduler: Any
+    ) -> dict[int, Any]:
+        wrapper = mark_prepared(DeepSpeedOptimizerWrapper(sharded, stepper))
+        self._steppers.append(stepper)
+        self._optimizers.append((optimizer, wrapper))
+        made = {id(optimizer): wrapper}
+        if scheduler is not None and engine_scheduler is not None:
+            made[id(scheduler)] = mark_prepared(DeepSpeedSchedulerWrapper(engine_scheduler, wrapper))
+        elif scheduler is not None:
+            made[id(scheduler)] = self._tie(scheduler, wrapper, stepper.engine.basic_optimizer)
+        return made
+
+    def _tie(self, scheduler: Any, wrapper: DeepSpeedOptimizerWrapper, stepping_optimizer: Any) -> AcceleratedScheduler:
+        """Has a PyTorch scheduler drive the optimizer that really steps."""
+        if isinstance(scheduler, LRScheduler) and scheduler.optimizer is not stepping_optimizer:
+            scheduler.optimizer = stepping_optimizer
+            # PyTorch looks here whether a step came before the scheduler's, and warns else.
+            stepping_optimizer.step.__dict__.setdefault("_wrapped_by_lr_sched", True)
+        return mark_prepared(  # type: ignore[no-any-return]
+            AcceleratedScheduler(
+                scheduler, wrapper, self._setup.step_scheduler_with_optimizer, self._setup.split_batches
+            )
+        )
+
+    def prepare_scheduler(self, scheduler: Any, optimizers: list[Any]) -> Any:
+        """A scheduler that comes after its optimizer was prepared.
+
+        Raises:
+            ConfigError: no prepared optimizer is the scheduler's.
+        """
+        if isinstance(scheduler, DummyScheduler):
+            raise ConfigError("DummyScheduler must be prepared together with its model and optimizer, in one prepare() call")
+        own = getattr(scheduler, "optimizer", None)
+        for original, wrapper in self._optimizers:
+            if own is original or own is wrapper:
+                engine_optimizer = wrapper._steps.engine.basic_optimizer  # type: ignore[attr-defined]
+                return self._tie(scheduler, wrapper, engine_optimizer)
+        raise ConfigError(
+            f"{type(scheduler).__name__} drives an optimizer that was not prepared: prepare model and optimizer first,"
+            " or all three in one call"
+        )
+
+    def _log_summary(self, stepper: Stepper) -> None:
+        engine, clipping = stepper.engine, stepper.configured_clipping
+        optimizer = type(engine.basic_optimizer).__name__
+        clips = f"clips at {clipping}" if clipping else "clips only where clip_grad_norm_ is called"
+        logger.info(
+            "ZeRO stage %d, %s, %s: micro-batch %d x accumulation %d x ranks %d = %d; %s",
+            engine.zero_optimization_stage(),
+            str(engine.get_data_types()[0]).removeprefix("torch."),
+            optimizer,
+            engine.train_micro_batch_size_per_gpu(),
+            engine.gradient_accumulation_steps(),
+            self._state.num_processes,
+            engine.train_batch_size(),
+            clips,
+        )
+
+    def explanation(self) -> ResolvedConfig | None:
+        """What the newest `prepare()` resolved."""
+        return self._resolved
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor, **options: Any) -> None:
+        """Accumulates gradients in every engine that took part in the loss.
+
+        Raises:
+            UsageError: nothing was prepared with an optimizer.
+            UnsupportedError: an option that DeepSpeed's backward does not have.
+        """
+        if not self._steppers:
+            raise UsageError("backward needs a model that was prepared with its optimizer: accelerator.prepare(model, optimizer)")
+        if unknown := set(options) - {"retain_graph", "scale_wrt_gas"}:
+            raise UnsupportedError(f"backward({', '.join(sorted(unknown))}=...) does not exist under DeepSpeed")
+        if loss.numel() != 1:
+            raise ConfigError(f"backward needs a scalar loss, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()")
+        stepping.backward(self._steppers, loss, **options)
+
+    @contextmanager
+    def accumulation(self, closing: bool) -> Iterator[None]:
+        """One micro-batch of `accumulate()`, for all engines: `sync_gradients` is one flag for all of them."""
+        for stepper in self._steppers:
+            stepper.window.enter_context(closing)
+        try:
+            yield
+        finally:
+            for stepper in self._steppers:
+                stepper.window.leave_context()
+
+    def _owners(self, parameters: Any, what: str) -> list[Stepper]:
+        """Engines that own the parameters, each with all that it trains.
+
+        Raises:
+            ConfigError: parameters of no prepared model.
+            UnsupportedError: only some of an engine's.
+        """
+        listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        given = {id(parameter) for parameter in listed}
+        owners = [stepper for stepper in self._steppers if given & stepper.trained]
+        if not owners:
+            raise ConfigError(f"{what} got {len(listed)} parameters, none of a prepared model: pass model.parameters()")
+        for stepper in owners:
+            if missing := len(stepper.trained - given):
+                raise UnsupportedError(
+                    f"{what} got {len(stepper.trained) - missing} of the {len(stepper.trained)} parameters that the"
+                    " optimizer trains: ZeRO clips them together, so pass model.parameters()"
+                )
+        return owners
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float) -> torch.Tensor:
+        """Clips the coming step of the engines that own the parameters, by their common norm; 0 is off."""
+        if float(norm_type) != 2.0:
+            raise UnsupportedError(f"norm_type={norm_type}: DeepSpeed clips by the L2 norm only, use norm_type=2")
+        owners = self._owners(parameters, "clip_grad_norm_")
+        norms = [stepper.norm() for stepper in owners]
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        for stepper, norm in zip(owners, norms, strict=True):
+            # Each share of the common norm, so that all are scaled by the same factor.
+            share = 1.0 if len(owners) == 1 or not float(total) else float(norm / total)
+            stepper.clip_norm(float(max_norm) * share)
+        return norms[0] if len(owners) == 1 else total
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clamps the gradients of the engines that own the parameters."""
+        for stepper in self._owners(parameters, "clip_grad_value_"):
+            stepper.clip_value(clip_value)
+
+    def unscale_gradients(self, optimizers: list[Any]) -> None:
+        """Nothing: DeepSpeed scales and unscales by itself."""
+
+    def autocast(self, options: dict[str, Any] | None) -> AbstractContextManager[Any]:
+        """Nothing: the model itself is in 16 bit."""
+        return nullcontext()
+
+    def release(self) -> None:
+        """Frees the engines' memory."""
+        for stepper in self._steppers:
+            stepper.engine.destroy()
+        self._steppers.clear()
+        self._optimizers.clear()

@@ -1,0 +1,285 @@
+"""Where DeepSpeed's optimizers keep a window's gradients, from the first backward pass to the step.
+
+One class for each kind of optimizer, all with the same vocabulary. The protocol: `arm` before every backward pass,
+so that it only accumulates; once a window `reduce`, which averages over the ranks; then the gradients can be read,
+clipped, changed; then the engine's step, and `after_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import get_global_norm_of_tensors
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3, combine_grad_norm_groups
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+
+from zeroaccel.errors import UnsupportedError
+
+
+class Gradients:
+    """Stage 0: plain data parallelism, gradients in `parameter.grad`; base of the others."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.optimizer = engine.optimizer
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor between the gradients kept here and the true ones (fp16), else 1."""
+        return float(getattr(self.optimizer, "loss_scale", None) or 1.0)
+
+    def arm(self) -> None:
+        """Before every backward pass: it shall accumulate, not finish a window."""
+        self.engine.set_gradient_accumulation_boundary(False)
+
+    def reduce(self) -> None:
+        """Averages the window's gradients over the ranks; collective, once a window."""
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.allreduce_gradients()
+
+    def accumulated(self) -> Iterator[torch.Tensor]:
+        """Tensors that hold this rank's accumulated gradients before `reduce`."""
+        for parameter in self.engine.module.parameters():
+            if parameter.grad is not None:
+                yield parameter.grad
+
+    def reduced(self) -> Iterator[torch.Tensor]:
+        """Tensors that hold the gradients after `reduce`, times the loss scale."""
+        return Gradients.accumulated(self)
+
+    def refresh_norms(self) -> None:
+        """After a change of the reduced gradients: brings DeepSpeed's stored norms in line."""
+
+    def scaled_norm(self) -> torch.Tensor:
+        """L2 norm of the reduced gradients times the loss scale; collective. Not finite on overflow."""
+        norms = [torch.linalg.vector_norm(gradient.float()) for gradient in self.reduced()]
+        if not norms:
+            return torch.zeros((), device=self.engine.device)
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def hold_norm(self, scaled: torch.Tensor) -> None:
+        """Spares the step a second computation of the norm; `after_step` lets go of it."""
+
+    def set_clipping(self, max_norm: float) -> None:
+        """Sets what the next step clips to; 0 is off."""
+        if hasattr(self.optimizer, "clip_grad"):
+            self.optimizer.clip_grad = max_norm
+        self.engine._config.gradient_clipping = max_norm  # what stage 0 in fp32 reads
+
+    def clear(self) -> None:
+        """Throws away everything that was accumulated."""
+        for parameter in self.engine.module.parameters():
+            parameter.grad = None
+
+    def after_step(self) -> None:
+        """After the engine's step."""
+        self.engine.set_gradient_accumulation_boundary(False)
+
+
+class _ZeroGradients(Gradients):
+    def arm(self) -> None:
+        super().arm()
+        self.optimizer.clear_backward_seen_flag()
+        self.optimizer._backward_active_depth = 0
+
+    def _invalid_as_infinite(self, norm: torch.Tensor) -> torch.Tensor:
+        # DeepSpeed writes -1 for a norm that is not finite.
+        return torch.full_like(norm, float("inf")) if float(norm) < 0 else norm
+
+
+class Stage12Gradients(_ZeroGradients):
+    """Stages 1 and 2, with and without optimizer offload."""
+
+    def reduce(self) -> None:
+        if not self.optimizer.partition_gradients:
+            super().reduce()
+            return
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.optimizer.finalize_gradient_accumulation_boundary()
+
+    def accumulated(self) -> Iterator[torch.Tensor]:
+        if not self.optimizer.partition_gradients:
+            for group in self.optimizer.bit16_groups:
+                for parameter in group:
+                    gradient = self.optimizer.get_param_gradient_attribute(parameter)
+                    if gradient is not None:
+                        yield gradient
+        elif self.optimizer.cpu_offload:
+            yield from self.optimizer.accumulated_grads_in_cpu.values()
+        else:
+            for tensors in self.optimizer.all_grad_tensors.values():
+                yield from tensors or ()
+            # bf16 with fp32 accumulation keeps one flat partition instead
+            for group in self.optimizer.averaged_gradients.values():
+                flat = getattr(group, "flat_partition", None)
+                if flat is not None:
+                    yield flat
+
+    def reduced(self) -> Iterator[torch.Tensor]:
+        if self.optimizer.cpu_offload:
+            for partition in self.optimizer.single_partition_of_fp32_groups:
+                if partition.grad is not None:
+                    yield partition.grad
+            return
+        for group in self.optimizer.averaged_gradients.values():
+            flat = getattr(group, "flat_partition", None)
+            if flat is not None:
+                yield flat
+            else:
+                yield from group or ()
+
+    def refresh_norms(self) -> None:
+        if not self.optimizer.cpu_offload:
+            return
+        norms = self.optimizer.norm_for_param_grads
+        for group, parameters in enumerate(self.optimizer.params_in_partition):
+            gradient = self.optimizer.single_partition_of_fp32_groups[group].grad.view(-1)
+            for parameter in parameters:
+                key = self.optimizer.get_param_id(parameter)
+                if key in norms:
+                    _, _, offset, count = self.optimizer.grad_position[key]
+                    norms[key] = gradient.narrow(0, offset, count).double().norm(2)
+
+    def scaled_norm(self) -> torch.Tensor:
+        return self._invalid_as_infinite(self.optimizer.scaled_global_norm())
+
+    def hold_norm(self, scaled: torch.Tensor) -> None:
+        self.optimizer.scaled_global_norm = lambda norm_type=2: scaled
+
+    def clear(self) -> None:
+        optimizer = self.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        for groups in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for group in groups:
+                groups[group] = None
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+            optimizer._offload_accumulated_param_ids = set()
+            self._zero_offloaded()
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.optimizer.__dict__.pop("scaled_global_norm", None)
+        if self.optimizer.cpu_offload:
+            self._zero_offloaded()
+
+    def _zero_offloaded(self) -> None:
+        # DeepSpeed 0.19.8 keeps last step's gradient of a parameter that the next window does not touch.
+        for gradient in self.optimizer.accumulated_grads_in_cpu.values():
+            gradient.zero_()
+        for partition in self.optimizer.single_partition_of_fp32_groups:
+            if partition.grad is not None:
+                partition.grad.zero_()
+
+
+class Bf16Gradients(_ZeroGradients):
+    """Stage 1 in bf16 with fp32 accumulation (`data_types.grad_accum_dtype`)."""
+
+    def accumulated(self) -> Iterator[torch.Tensor]:
+        yield from self.optimizer.fp32_groups_gradients_flat
+
+    def reduced(self) -> Iterator[torch.Tensor]:
+        return self.accumulated()
+
+    def scaled_norm(self) -> torch.Tensor:
+        norm = get_global_norm_of_tensors(
+            input_tensors=self.optimizer.get_grads_for_norm()[0],
+            mpu=self.optimizer.mpu,
+            norm_type=self.optimizer.norm_type,
+        )
+        return self._invalid_as_infinite(norm)
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Stage3Gradients(_ZeroGradients):
+    """Stage 3, with and without offload to CPU memory or NVMe."""
+
+    def arm(self) -> None:
+        super().arm()
+        # At 0 DeepSpeed copies instead of accumulating: wrong once two losses touch different parameters.
+        self.optimizer.micro_step_id = max(self.optimizer.micro_step_id, 1)
+
+    def reduce(self) -> None:
+        self.engine.set_gradient_accumulation_boundary(True)
+        if self.optimizer.offload_optimizer:
+            # Parameters that no backward pass touched must be written too, as zeros.
+            self.optimizer._offload_boundary_param_ids = {
+                parameter.ds_id for group in self.optimizer.fp16_groups for parameter in group
+            }
+        self.optimizer.finalize_gradient_accumulation_boundary()
+
+    def accumulated(self) -> Iterator[torch.Tensor]:
+        yield self.optimizer.grad_partitions_flat_buffer
+
+    def reduced(self) -> Iterator[torch.Tensor]:
+        if not self.optimizer.offload_optimizer:
+            yield self.optimizer.grad_partitions_flat_buffer
+            return
+        for group, partition in enumerate(self.optimizer.fp32_partitioned_groups_flat):
+            if self.optimizer._swappable_optimizer_subgroup(group):
+                raise UnsupportedError(
+                    "the gradients of this model are on NVMe and cannot be changed before the step:"
+                    " use offload_optimizer_device='cpu', or clip by norm (clip_grad_norm_)"
+                )
+            if partition.grad is not None:
+                yield partition.grad
+
+    def refresh_norms(self) -> None:
+        if not self.optimizer.offload_optimizer:
+            return
+        norms = self.optimizer.norm_for_param_grads
+        for parameters in self.optimizer.fp16_groups:
+            for parameter in parameters:
+                key = self.optimizer.get_param_id(parameter)
+                if key in norms:
+                    group, offset, count = self.optimizer.grad_position[key]
+                    gradient = self.optimizer.fp32_partitioned_groups_flat[group].grad
+                    norms[key] = gradient.narrow(0, offset, count).double().norm(2)
+
+    def scaled_norm(self) -> torch.Tensor:
+        self._norm_groups = self.optimizer._get_norm_groups()
+        return self._invalid_as_infinite(combine_grad_norm_groups(self._norm_groups))
+
+    def hold_norm(self, scaled: torch.Tensor) -> None:
+        groups = self._norm_groups
+        self.optimizer._get_norm_groups = lambda: groups
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer._offload_boundary_param_ids = set()
+        self.optimizer.inf_or_nan_tracker.zero_()
+        if self.optimizer.offload_optimizer:
+            self.optimizer.norm_for_param_grads = {}
+        self._zero_buffers()
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.optimizer.__dict__.pop("_get_norm_groups", None)
+        self._zero_buffers()
+
+    def _zero_buffers(self) -> None:
+        # We always accumulate (see arm), so every window must begin at zero.
+        self.optimizer.grad_partitions_flat_buffer.zero_()
+        if self.optimizer.offload_optimizer:
+            for partition in self.optimizer.fp32_partitioned_groups_flat:
+                if partition.grad is not None:
+                    partition.grad.zero_()
+
+
+def gradients_of(engine: Any) -> Gradients:
+    """The right view for the optimizer that DeepSpeed chose."""
+    kinds: list[tuple[type, type[Gradients]]] = [
+        (DeepSpeedZeroOptimizer_Stage3, Stage3Gradients),
+        (DeepSpeedZeroOptimizer, Stage12Gradients),
+        (BF16_Optimizer, Bf16Gradients),
+    ]
+    for optimizer_class, view in kinds:
+        if isinstance(engine.optimizer, optimizer_class):
+            return view(engine)
+    return Gradients(engine)

@@ -1,0 +1,155 @@
+"""The plain PyTorch backend: one process, no DeepSpeed, the same vocabulary and the same windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from zeroaccel.config.auto import ResolvedConfig
+from zeroaccel.distributed.operations import convert_outputs_to_fp32
+from zeroaccel.engine.arguments import Kind, distinct, kind_of, mark_prepared, refuse_device_map, replace
+from zeroaccel.engine.backend import Setup
+from zeroaccel.engine.optimizer import AcceleratedOptimizer, DummyOptim
+from zeroaccel.engine.plain_stepping import PlainStepper, check_at_epoch_end
+from zeroaccel.engine.scheduler import AcceleratedScheduler, DummyScheduler
+from zeroaccel.errors import ConfigError
+from zeroaccel.state import AcceleratorState, GradientState
+
+_AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class PlainBackend:
+    """One process on one device; mixed precision by `torch.autocast`."""
+
+    def __init__(self, setup: Setup, state: AcceleratorState, gradient_state: GradientState) -> None:
+        self._setup = setup
+        self._state = state
+        self._gradient_state = gradient_state
+        self._steppers: list[PlainStepper] = []
+        self._wrappers: list[AcceleratedOptimizer] = []
+        self.scaler: Any = None
+        if state.mixed_precision == "fp16":
+            self.scaler = torch.amp.GradScaler(state.device.type, **(setup.scaler_options or {}))  # type: ignore[attr-defined]
+
+    def prepare(self, objects: tuple[Any, ...], device_placement: list[bool] | None) -> tuple[Any, ...]:
+        """Places and wraps; models keep their class."""
+        places = device_placement or [None] * len(objects)
+        replacements: dict[int, Any] = {}
+        for value, place in zip(objects, places, strict=True):
+            kind = kind_of(value)
+            if kind is Kind.MODEL:
+                replacements[id(value)] = self._prepare_model(value, place)
+            elif kind is Kind.LOADER:
+                replacements[id(value)] = self._setup.prepare_loader(value)
+            elif kind is Kind.OPTIMIZER:
+                replacements[id(value)] = self._prepare_optimizer(value, place)
+        for scheduler in distinct(objects, Kind.SCHEDULER):
+            replacements[id(scheduler)] = self.prepare_scheduler(scheduler, self._wrappers)
+        return replace(objects, replacements)
+
+    def _placed(self, place: bool | None) -> bool:
+        return self._setup.device_placement if place is None else place
+
+    def _prepare_model(self, model: torch.nn.Module, place: bool | None) -> torch.nn.Module:
+        refuse_device_map([model], distributed=False)
+        if self._placed(place) and not getattr(model, "hf_device_map", None):
+            model.to(self._state.device)
+        if self._state.mixed_precision in _AUTOCAST_DTYPES:
+            forward = model.forward
+            model._original_forward = forward  # type: ignore[assignment]
+            model.forward = convert_outputs_to_fp32(self._autocasting(forward))
+        mark_prepared(model)
+        return model
+
+    def _autocasting(self, forward: Any) -> Any:
+        def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+            with self.autocast(self._setup.autocast_options):
+                return forward(*args, **kwargs)
+
+        return autocast_forward
+
+    def _prepare_optimizer(self, optimizer: Any, place: bool | None) -> AcceleratedOptimizer:
+        if isinstance(optimizer, DummyOptim):
+            raise ConfigError(
+                "DummyOptim stands for the optimizer of a DeepSpeed config, and this run has no DeepSpeed: pass"
+                " `Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=...))`, or use a torch.optim optimizer"
+            )
+        stepper = PlainStepper(optimizer, self._gradient_state, self.scaler)
+        check_at_epoch_end(stepper, self._gradient_state)
+        wrapper = AcceleratedOptimizer(optimizer, self._placed(place), self.scaler, stepper)
+        self._steppers.append(stepper)
+        self._wrappers.append(mark_prepared(wrapper))
+        return wrapper
+
+    def prepare_scheduler(self, scheduler: Any, optimizers: list[Any]) -> Any:
+        """Ties the scheduler to its optimizer, or to all of them where it has none."""
+        if isinstance(scheduler, DummyScheduler):
+            raise ConfigError(
+                "DummyScheduler stands for the scheduler of a DeepSpeed config, and this run has no DeepSpeed:"
+                " use a torch.optim.lr_scheduler instead"
+            )
+        own = [o for o in optimizers if o.optimizer is getattr(scheduler, "optimizer", None)]
+        wrapper = AcceleratedScheduler(
+            scheduler, own or optimizers, self._setup.step_scheduler_with_optimizer, self._setup.split_batches
+        )
+        return mark_prepared(wrapper)
+
+    def backward(self, loss: torch.Tensor, **options: Any) -> None:
+        """`loss.backward` of the loss divided by the accumulation steps; `options` go to `torch.Tensor.backward`."""
+        if options.pop("scale_wrt_gas", True):
+            loss = loss / self._gradient_state.num_steps
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward(**options)  # type: ignore[no-untyped-call]
+        for stepper in self._steppers:
+            stepper.count_backward()
+
+    @contextmanager
+    def accumulation(self, closing: bool) -> Iterator[None]:
+        """One micro-batch of `accumulate()`."""
+        for stepper in self._steppers:
+            stepper.window.enter_context(closing)
+        try:
+            yield
+        finally:
+            for stepper in self._steppers:
+                stepper.window.leave_context()
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float) -> torch.Tensor:
+        """PyTorch's, on gradients that are final; inside an open window only the norm is taken."""
+        listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        final = [stepper.prepare_to_change() for stepper in self._steppers]
+        if self._steppers and not all(final):
+            max_norm = float("inf")
+        return torch.nn.utils.clip_grad_norm_(listed, max_norm or float("inf"), norm_type=norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """PyTorch's, on gradients that are final; nothing inside an open window."""
+        if all([stepper.prepare_to_change() for stepper in self._steppers]):
+            torch.nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def unscale_gradients(self, optimizers: list[Any]) -> None:
+        """Divides by the scaler's factor, once a step."""
+        chosen = {id(optimizer) for optimizer in optimizers}
+        for wrapper, stepper in zip(self._wrappers, self._steppers, strict=True):
+            if not chosen or id(wrapper) in chosen:
+                stepper.unscale()
+
+    def autocast(self, options: dict[str, Any] | None) -> AbstractContextManager[Any]:
+        """`torch.autocast` in the run's precision; nothing in fp32."""
+        dtype = _AUTOCAST_DTYPES.get(self._state.mixed_precision)
+        if dtype is None:
+            return nullcontext()
+        return torch.autocast(self._state.device.type, dtype=dtype, **(options or {}))
+
+    def explanation(self) -> ResolvedConfig | None:
+        """None: nothing was resolved."""
+        return None
+
+    def release(self) -> None:
+        """Lets go of the optimizers."""
+        self._steppers.clear()
+        self._wrappers.clear()

@@ -1,0 +1,135 @@
+"""The accumulation window of one engine: pure counting and decisions, no torch.
+
+A window is what one real optimizer step covers. It consists of micro-batches: batches of the loader, blocks of
+`accumulate()`, or, without a loader, whatever lies between two calls of `step()`. A micro-batch may have several
+backward passes. docs/design.md holds the same rules as a table.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Cutter(Enum):
+    """Who decides where a window ends."""
+
+    UNDECIDED = "the first step() outside accumulate() will tell"
+    CONTEXT = "accumulate()"
+    LIBRARY = "the library counts micro-batches"
+    SCRIPT = "the script: every step() is real"
+
+
+class Window:
+    """Counts the micro-batches of the open window and answers what `step` and `zero_grad` mean now.
+
+    Attributes:
+        size: gradient accumulation steps, the micro-batches of a full window.
+        micro_batches: micro-batches with a backward pass since the last real step.
+        cutter: who cuts the open window.
+        inside_context: whether an `accumulate()` block is running.
+        steps_called: calls of `step()` so far, real or not.
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+        self.micro_batches = 0
+        self.steps_called = 0
+        self.cutter = Cutter.UNDECIDED
+        self._outside = Cutter.UNDECIDED
+        self.inside_context = False
+        self._closing = True
+        self._new_micro_batch = True
+        self._batch: int | None = None
+        self._rescalable = True
+
+    def enter_context(self, closing: bool) -> None:
+        """An `accumulate()` block begins; `closing` if it is the last of its window."""
+        self.inside_context = True
+        self._closing = closing
+        self._new_micro_batch = True
+
+    def leave_context(self) -> None:
+        """The block ends; a `step()` right behind it still belongs to it."""
+        self.inside_context = False
+
+    def backward(self, batch: int | None, scaled: bool = True) -> None:
+        """A backward pass ran.
+
+        Args:
+            batch: number of the active loader's batch, None outside of loaders.
+            scaled: whether the loss was divided by `size`; else the window is never rescaled.
+        """
+        if self.inside_context:
+            self.cutter = Cutter.CONTEXT
+        else:
+            self.cutter = self._outside
+            self._new_micro_batch |= batch is not None and batch != self._batch
+        if self._new_micro_batch:
+            self.micro_batches += 1
+            self._new_micro_batch = False
+        self._batch = batch
+        self._rescalable &= scaled
+
+    def closes(self, script_cuts: bool = False, script_syncs: bool = True) -> bool:
+        """Whether a `step()` now would be real. The first question outside `accumulate()` decides who cuts.
+
+        Args:
+            script_cuts: the script assigned `sync_gradients` itself.
+            script_syncs: the value that it assigned.
+        """
+        if self.micro_batches == 0:
+            return False
+        if self.cutter is Cutter.CONTEXT:
+            return self._closing
+        if script_cuts:
+            self._outside = Cutter.SCRIPT
+        elif self._outside is Cutter.UNDECIDED:
+            self._outside = Cutter.LIBRARY if self.micro_batches == 1 else Cutter.SCRIPT
+        self.cutter = self._outside
+        if self.cutter is Cutter.SCRIPT:
+            return script_syncs
+        return self.micro_batches >= self.size
+
+    def step(self, script_cuts: bool = False, script_syncs: bool = True) -> bool:
+        """`optimizer.step()` was called: whether it is real. After a real one call `close()`."""
+        self.steps_called += 1
+        real = self.closes(script_cuts, script_syncs)
+        if self._batch is None and not self.inside_context:
+            self._new_micro_batch = True
+        return real
+
+    def close(self) -> None:
+        """The window is over: stepped, or its gradients were thrown away."""
+        self.micro_batches = 0
+        self._new_micro_batch = True
+        self._rescalable = True
+
+    @property
+    def clears(self) -> bool:
+        """Whether `zero_grad()` now throws the accumulated gradients away; inside an open window it must not."""
+        if self.micro_batches == 0 or self.cutter in (Cutter.UNDECIDED, Cutter.SCRIPT):
+            return True
+        if self.cutter is Cutter.CONTEXT:
+            return self._closing and not self._new_micro_batch
+        return self.micro_batches >= self.size
+
+    @property
+    def syncs(self) -> bool:
+        """What `sync_gradients` shows outside `accumulate()` after a backward pass."""
+        return self._outside is not Cutter.LIBRARY or self.micro_batches >= self.size
+
+    @property
+    def correction(self) -> float:
+        """Factor for the accumulated gradients: a short window divides by the micro-batches that it really had.
+
+        Windows that the script cuts keep the division by `size`, which token-weighted losses count on.
+        """
+        counted = self.cutter in (Cutter.CONTEXT, Cutter.LIBRARY)
+        if counted and self._rescalable and 0 < self.micro_batches < self.size:
+            return self.size / self.micro_batches
+        return 1.0
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether a full window of gradients waits for a `step()` that was never called."""
+        return self.steps_called == 0 and self.micro_batches >= self.size

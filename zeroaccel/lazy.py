@@ -1,0 +1,27 @@
+"""Modules that import what they re-export at first use, so that `import zeroaccel` loads no torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def reexport(module: str, sources: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], list[str]]:
+    """`__getattr__` and `__all__` for a module that re-exports names.
+
+    Args:
+        module: the re-exporting module's name.
+        sources: for each source module the names taken from it.
+    """
+    origins = {name: source for source, names in sources.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name not in origins:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(origins[name]), name)
+        setattr(sys.modules[module], name, value)
+        return value
+
+    return __getattr__, sorted(origins)
