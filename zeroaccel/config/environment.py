@@ -89,6 +89,11 @@ def parse_bool(value: str, origin: str) -> bool:
     raise ConfigError(f"{origin} is {value!r}, which is neither true nor false: write true or false")
 
 
+def is_true(value: str) -> bool:
+    """True for "true" in any case, false for all else, as launchers write it."""
+    return value.strip().lower() == "true"
+
+
 @dataclass(frozen=True)
 class Ranks:
     """What the launcher says about this process."""

@@ -111,3 +111,13 @@ class DynamoBackend(_Name):
     IPEX = "IPEX"
     TVM = "TVM"
     HPU_BACKEND = "HPU_BACKEND"
+
+
+class DDPCommunicationHookType(_Name):
+    """Communication hooks of DistributedDataParallel: accepted and without effect under DeepSpeed."""
+
+    NO = "no"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    POWER_SGD = "power_sgd"
+    BATCHED_POWER_SGD = "batched_power_sgd"

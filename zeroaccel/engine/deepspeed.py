@@ -62,7 +62,9 @@ class DeepSpeedBackend:
             ConfigError: the objects or the config contradict each other.
         """
         if device_placement is not None:
-            raise ConfigError("device_placement cannot be chosen under DeepSpeed, which places models itself: leave it out")
+            raise ConfigError(
+                "device_placement cannot be chosen under DeepSpeed, which places models itself: leave it out"
+            )
         models = distinct(objects, Kind.MODEL)
         optimizers, schedulers = distinct(objects, Kind.OPTIMIZER), distinct(objects, Kind.SCHEDULER)
         loaders = distinct(objects, Kind.LOADER)
@@ -83,7 +85,9 @@ class DeepSpeedBackend:
                 )
         for scheduler in schedulers:
             if id(scheduler) not in replacements:
-                replacements[id(scheduler)] = self.prepare_scheduler(scheduler, [w for _, w in self._optimizers])
+                replacements[id(scheduler)] = self.prepare_scheduler(
+                    scheduler, [w for _, w in self._optimizers]
+                )
         return replace(objects, replacements)
 
     def _scheduler_for(self, optimizer: Any, schedulers: list[Any], alone: bool) -> Any:
@@ -145,7 +149,9 @@ class DeepSpeedBackend:
             arguments["optimizer"] = for_offload(optimizer, config)
         self._hand_over_scheduler(scheduler, arguments)
         # DeepSpeed replaces the groups' parameters by its flat partitions, so they are noted before.
-        trained = {id(p) for p in parameters_of(optimizer) if p.requires_grad} if optimizer is not None else set()
+        trained = (
+            {id(p) for p in parameters_of(optimizer) if p.requires_grad} if optimizer is not None else set()
+        )
         engine, sharded, _, engine_scheduler = deepspeed.initialize(**arguments)
         made: dict[int, Any] = {id(model): self._finish_engine(engine)}
         if optimizer is not None:
@@ -160,13 +166,17 @@ class DeepSpeedBackend:
                 arguments["lr_scheduler"] = scheduler.lr_scheduler_callable
         elif type(scheduler).__name__ in DEEPSPEED_SCHEDULERS:
             if "optimizer" in arguments:
-                scheduler.optimizer = arguments["optimizer"]  # the one that steps, under offload another than the user's
+                scheduler.optimizer = arguments[
+                    "optimizer"
+                ]  # the one that steps, under offload another than the user's
             arguments["lr_scheduler"] = scheduler
 
     def _finish_engine(self, engine: Any) -> Any:
         plugin = self._state.deepspeed_plugin
         assert plugin is not None
-        engine.no_sync = nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
+        engine.no_sync = (
+            nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
+        )
         guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs)
         return mark_prepared(engine)
 
@@ -183,7 +193,9 @@ class DeepSpeedBackend:
             made[id(scheduler)] = self._tie(scheduler, wrapper, stepper.engine.basic_optimizer)
         return made
 
-    def _tie(self, scheduler: Any, wrapper: DeepSpeedOptimizerWrapper, stepping_optimizer: Any) -> AcceleratedScheduler:
+    def _tie(
+        self, scheduler: Any, wrapper: DeepSpeedOptimizerWrapper, stepping_optimizer: Any
+    ) -> AcceleratedScheduler:
         """Has a PyTorch scheduler drive the optimizer that really steps."""
         if isinstance(scheduler, LRScheduler) and scheduler.optimizer is not stepping_optimizer:
             scheduler.optimizer = stepping_optimizer
@@ -202,7 +214,9 @@ class DeepSpeedBackend:
             ConfigError: no prepared optimizer is the scheduler's.
         """
         if isinstance(scheduler, DummyScheduler):
-            raise ConfigError("DummyScheduler must be prepared together with its model and optimizer, in one prepare() call")
+            raise ConfigError(
+                "DummyScheduler must be prepared together with its model and optimizer, in one prepare() call"
+            )
         own = getattr(scheduler, "optimizer", None)
         for original, wrapper in self._optimizers:
             if own is original or own is wrapper:
@@ -243,11 +257,17 @@ class DeepSpeedBackend:
             UnsupportedError: an option that DeepSpeed's backward does not have.
         """
         if not self._steppers:
-            raise UsageError("backward needs a model that was prepared with its optimizer: accelerator.prepare(model, optimizer)")
+            raise UsageError(
+                "backward needs a model that was prepared with its optimizer: accelerator.prepare(model, optimizer)"
+            )
         if unknown := set(options) - {"retain_graph", "scale_wrt_gas"}:
-            raise UnsupportedError(f"backward({', '.join(sorted(unknown))}=...) does not exist under DeepSpeed")
+            raise UnsupportedError(
+                f"backward({', '.join(sorted(unknown))}=...) does not exist under DeepSpeed"
+            )
         if loss.numel() != 1:
-            raise ConfigError(f"backward needs a scalar loss, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()")
+            raise ConfigError(
+                f"backward needs a scalar loss, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()"
+            )
         stepping.backward(self._steppers, loss, **options)
 
     @contextmanager
@@ -272,7 +292,9 @@ class DeepSpeedBackend:
         given = {id(parameter) for parameter in listed}
         owners = [stepper for stepper in self._steppers if given & stepper.trained]
         if not owners:
-            raise ConfigError(f"{what} got {len(listed)} parameters, none of a prepared model: pass model.parameters()")
+            raise ConfigError(
+                f"{what} got {len(listed)} parameters, none of a prepared model: pass model.parameters()"
+            )
         for stepper in owners:
             if missing := len(stepper.trained - given):
                 raise UnsupportedError(
@@ -284,7 +306,9 @@ class DeepSpeedBackend:
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float) -> torch.Tensor:
         """Clips the coming step of the engines that own the parameters, by their common norm; 0 is off."""
         if float(norm_type) != 2.0:
-            raise UnsupportedError(f"norm_type={norm_type}: DeepSpeed clips by the L2 norm only, use norm_type=2")
+            raise UnsupportedError(
+                f"norm_type={norm_type}: DeepSpeed clips by the L2 norm only, use norm_type=2"
+            )
         owners = self._owners(parameters, "clip_grad_norm_")
         norms = [stepper.norm() for stepper in owners]
         total = torch.linalg.vector_norm(torch.stack(norms))

@@ -78,7 +78,9 @@ def _same_rule(optimizer: torch.optim.Optimizer) -> str | None:
     variants = ("amsgrad", "maximize", "lr_decay", "initial_accumulator_value", "differentiable")
     if any(group.get(name) for group in [optimizer.defaults, *optimizer.param_groups] for name in variants):
         return None
-    decoupled = kind == "Adam" and any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
+    decoupled = kind == "Adam" and any(
+        group.get("decoupled_weight_decay") for group in optimizer.param_groups
+    )
     return "AdamW" if decoupled else kind
 
 
@@ -108,6 +110,7 @@ def for_offload(optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> tor
     config["zero_force_ds_cpu_optimizer"] = False
     if not type(optimizer).__module__.startswith("deepspeed."):
         logger.info(
-            "%s has no C++ version for optimizer offload: PyTorch's own steps on the CPU", type(optimizer).__name__
+            "%s has no C++ version for optimizer offload: PyTorch's own steps on the CPU",
+            type(optimizer).__name__,
         )
     return optimizer

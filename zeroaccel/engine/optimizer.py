@@ -25,7 +25,9 @@ class DummyOptim:
         kwargs: further values, e.g. `betas` and `eps`.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.001, weight_decay: float = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Iterable[Any], lr: float = 0.001, weight_decay: float = 0, **kwargs: Any
+    ) -> None:
         self.params = params
         self.lr = lr
         self.weight_decay = weight_decay
@@ -119,7 +121,9 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
             UsageError: a closure was given, which an accumulated step cannot call again.
         """
         if closure is not None:
-            raise UsageError("optimizer.step(closure) cannot be accumulated or sharded: run the closure's backward first")
+            raise UsageError(
+                "optimizer.step(closure) cannot be accumulated or sharded: run the closure's backward first"
+            )
         self._steps.step()
 
     @property

@@ -91,7 +91,9 @@ class Stepper:
         if self._native:
             return
         if self._gradients.loss_scale != 1.0:
-            raise UsageError("fp16 needs its loss scaled: call accelerator.backward(loss) instead of loss.backward()")
+            raise UsageError(
+                "fp16 needs its loss scaled: call accelerator.backward(loss) instead of loss.backward()"
+            )
         self._begin_backward()
         # DeepSpeed divides the gradient of such a pass by the steps that it was configured with.
         self._count_backward(scaled=self.engine.gradient_accumulation_steps() == self.window.size)

@@ -9,7 +9,10 @@ import torch
 
 
 def extract_model_from_parallel(
-    model: torch.nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
+    model: torch.nn.Module,
+    keep_fp32_wrapper: bool = True,
+    keep_torch_compile: bool = True,
+    recursive: bool = False,
 ) -> Any:
     """The user's module inside an engine, a data-parallel wrapper or a compiled module.
 
@@ -25,7 +28,9 @@ def extract_model_from_parallel(
         inner = inner.module
     if recursive:
         for name, child in inner.named_children():
-            setattr(inner, name, extract_model_from_parallel(child, keep_fp32_wrapper, keep_torch_compile, True))
+            setattr(
+                inner, name, extract_model_from_parallel(child, keep_fp32_wrapper, keep_torch_compile, True)
+            )
     if not keep_fp32_wrapper and "_original_forward" in inner.__dict__:
         inner.forward = inner.__dict__.pop("_original_forward")
     if compiled is not None and keep_torch_compile:
@@ -36,5 +41,7 @@ def extract_model_from_parallel(
 
 def _wrappers() -> tuple[type, ...]:
     parallel: tuple[type, ...] = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    engine = sys.modules.get("deepspeed.runtime.engine")  # without DeepSpeed in use there is no engine to unwrap
+    engine = sys.modules.get(
+        "deepspeed.runtime.engine"
+    )  # without DeepSpeed in use there is no engine to unwrap
     return parallel if engine is None else (*parallel, engine.DeepSpeedEngine)
