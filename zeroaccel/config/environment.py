@@ -7,6 +7,7 @@ fallback, so that a script runs under `accelerate launch` as well.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zeroaccel.errors import ConfigError
@@ -92,6 +93,20 @@ def parse_bool(value: str, origin: str) -> bool:
 def is_true(value: str) -> bool:
     """True for "true" in any case, false for all else, as launchers write it."""
     return value.strip().lower() == "true"
+
+
+def exports(values: Mapping[str, object]) -> dict[str, str]:
+    """The variables by which a launcher hands `values` on to the ranks.
+
+    Args:
+        values: names of `FIELDS` and what the user wants there; None is left out.
+    """
+    spelled = {True: "true", False: "false"}
+    return {
+        PREFIX + FIELDS[name]: spelled[value] if isinstance(value, bool) else str(value)
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 @dataclass(frozen=True)

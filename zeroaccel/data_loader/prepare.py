@@ -1,0 +1,297 @@
+"""From the script's `DataLoader` to a prepared one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+
+from zeroaccel.config.types import RNGType
+from zeroaccel.data_loader.loaders import DataLoaderDispatcher, DataLoaderShard, SkipDataLoader, get_sampler
+from zeroaccel.data_loader.sharding import (
+    BatchSamplerShard,
+    IterableDatasetShard,
+    SeedableRandomSampler,
+    SkipBatchSampler,
+    check_divides,
+)
+from zeroaccel.errors import ConfigError, UnsupportedError
+from zeroaccel.state import PartialState
+
+# What a prepared loader takes over as it is; how indices come together is decided here.
+_KEPT = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+
+def _kept(dataloader: DataLoader[Any]) -> dict[str, Any]:
+    return {name: getattr(dataloader, name) for name in _KEPT if hasattr(dataloader, name)}
+
+
+def prepare_data_loader(
+    dataloader: DataLoader[Any],
+    device: torch.device | None = None,
+    num_processes: int | None = None,
+    process_index: int | None = None,
+    split_batches: bool = False,
+    put_on_device: bool = False,
+    rng_types: list[str | RNGType] | None = None,
+    dispatch_batches: bool | None = None,
+    even_batches: bool = True,
+    slice_fn_for_dispatch: Callable[..., Any] | None = None,
+    use_seedable_sampler: bool = False,
+    data_seed: int | None = None,
+    non_blocking: bool = False,
+    use_stateful_dataloader: bool = False,
+    torch_device_mesh: Any = None,
+) -> DataLoader[Any]:
+    """Shards a loader over the ranks.
+
+    Args:
+        dataloader: the script's.
+        device: where batches go, with `put_on_device`.
+        num_processes, process_index: world size and rank; default: this run's.
+        split_batches: the loader's batch size is that of all ranks together.
+        put_on_device: move the batches.
+        rng_types: generators to give the same state on every rank before each epoch.
+        dispatch_batches: rank 0 reads and hands out; None: for iterable datasets, if batches are moved.
+        even_batches: repeat samples so that every rank gets equally many batches.
+        slice_fn_for_dispatch: how rank 0's batch is cut.
+        use_seedable_sampler, data_seed: shuffle by a seed of its own.
+        non_blocking: move without waiting.
+
+    Raises:
+        ConfigError: a batch size that cannot be split, or dispatching without moving.
+        UnsupportedError: stateful loaders or a device mesh.
+    """
+    if use_stateful_dataloader or torch_device_mesh is not None:
+        raise UnsupportedError(
+            "use_stateful_dataloader and torch_device_mesh are not supported yet: leave them out"
+        )
+    iterable = isinstance(dataloader.dataset, IterableDataset)
+    dispatch = put_on_device and iterable if dispatch_batches is None else dispatch_batches
+    if dispatch and not put_on_device:
+        raise ConfigError("dispatch_batches=True moves batches to the device: it needs device_placement=True")
+    state = PartialState()
+    ranks = (
+        state.num_processes if num_processes is None else num_processes,
+        state.process_index if process_index is None else process_index,
+    )
+    if split_batches:
+        _check_splits(dataloader, ranks[0])
+    sampler = _seedable(dataloader, data_seed) if use_seedable_sampler else None
+    if dispatch:
+        made: Any = _dispatcher(dataloader, iterable, split_batches, non_blocking, slice_fn_for_dispatch)
+    else:
+        made = _shard(dataloader, iterable, ranks, split_batches, even_batches, bool(sampler))
+        made.device = device if put_on_device else None
+        made._non_blocking = non_blocking
+        made.rng_types = _usable_rng_types(rng_types, made.synchronized_generator)
+    if sampler is not None:
+        made.set_sampler(sampler)
+    return made  # type: ignore[no-any-return]
+
+
+def _check_splits(dataloader: DataLoader[Any], num_processes: int) -> None:
+    size = dataloader.batch_size
+    if size is None:
+        size = getattr(dataloader.batch_sampler, "batch_size", None)
+    if size is None:
+        raise ConfigError(
+            "split_batches needs a batch size, and neither the DataLoader nor its batch sampler"
+            f" ({type(dataloader.batch_sampler).__name__}) has one: give the batch sampler a batch_size attribute"
+        )
+    if size > 1:
+        check_divides(size, num_processes)
+
+
+def _seedable(dataloader: DataLoader[Any], data_seed: int | None) -> SeedableRandomSampler | None:
+    sampler = get_sampler(dataloader)
+    if not isinstance(sampler, RandomSampler):
+        return None
+    return SeedableRandomSampler(
+        data_source=sampler.data_source,
+        replacement=sampler.replacement,
+        num_samples=sampler._num_samples,
+        generator=sampler.generator or torch.Generator(),
+        data_seed=data_seed,
+    )
+
+
+def _usable_rng_types(rng_types: list[Any] | None, generator: torch.Generator | None) -> list[Any] | None:
+    if rng_types is None:
+        return None
+    return [kind for kind in rng_types if generator is not None or kind != RNGType.GENERATOR]
+
+
+def _dispatcher(
+    dataloader: DataLoader[Any],
+    iterable: bool,
+    split_batches: bool,
+    non_blocking: bool,
+    slice_fn: Callable[..., Any] | None,
+) -> DataLoaderDispatcher:
+    options = _kept(dataloader)
+    options.pop("generator", None)
+    if iterable:
+        options.update(batch_size=dataloader.batch_size, drop_last=dataloader.drop_last)
+    else:
+        options.update(batch_sampler=dataloader.batch_sampler)
+    return DataLoaderDispatcher(
+        dataloader.dataset,
+        split_batches=split_batches,
+        _drop_last=dataloader.drop_last,
+        _non_blocking=non_blocking,
+        slice_fn=slice_fn,
+        **options,
+    )
+
+
+def _shard(
+    dataloader: DataLoader[Any],
+    iterable: bool,
+    ranks: tuple[int, int],
+    split_batches: bool,
+    even_batches: bool,
+    seeded: bool,
+) -> DataLoaderShard:
+    num_processes, process_index = ranks
+    options = {**_kept(dataloader), "_drop_last": dataloader.drop_last}
+    dataset: Any = dataloader.dataset
+    generator: torch.Generator | None = None
+    if iterable:
+        options["drop_last"] = dataloader.drop_last
+        options["batch_size"] = dataloader.batch_size
+        if num_processes > 1:
+            generator = getattr(dataset, "generator", None)
+            dataset = _iterable_shard(dataloader, ranks, split_batches)
+            if split_batches and dataloader.batch_size is not None:
+                options["batch_size"] = dataloader.batch_size // num_processes
+        return DataLoaderShard(dataset, synchronized_generator=generator, **options)
+    as_sampler = isinstance(
+        dataloader.sampler, BatchSampler
+    )  # batch_size=None with a batch sampler as sampler
+    batch_sampler: Any = dataloader.sampler if as_sampler else dataloader.batch_sampler
+    if num_processes > 1:
+        if not seeded:
+            generator = _shared_generator(get_sampler(dataloader))
+        batch_sampler = BatchSamplerShard(
+            batch_sampler, num_processes, process_index, split_batches, even_batches
+        )
+    if as_sampler:
+        options.update(sampler=batch_sampler, batch_size=dataloader.batch_size)
+    else:
+        options["batch_sampler"] = batch_sampler
+    return DataLoaderShard(dataset, synchronized_generator=generator, **options)
+
+
+def _iterable_shard(dataloader: DataLoader[Any], ranks: tuple[int, int], split_batches: bool) -> Any:
+    num_processes, process_index = ranks
+    dataset: Any = dataloader.dataset
+    if (
+        type(dataset).__module__.startswith("datasets.")
+        and not split_batches
+        and dataset.n_shards >= num_processes
+    ):
+        return dataset.shard(
+            num_shards=num_processes, index=process_index
+        )  # each rank reads files of its own
+    return IterableDatasetShard(
+        dataset,
+        batch_size=dataloader.batch_size or 1,
+        drop_last=dataloader.drop_last,
+        num_processes=num_processes,
+        process_index=process_index,
+        split_batches=split_batches,
+    )
+
+
+def _shared_generator(sampler: Any) -> torch.Generator | None:
+    """The generator that shuffles, made where the sampler would draw from each rank's own."""
+    if not hasattr(sampler, "generator"):
+        return None
+    if sampler.generator is None:
+        sampler.generator = torch.Generator()
+        sampler.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    return sampler.generator  # type: ignore[no-any-return]
+
+
+def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
+    """A loader that begins behind the first `num_batches` batches, for the rest of an interrupted epoch.
+
+    Args:
+        dataloader: prepared or not; it stays as it is.
+        num_batches: batches of this rank.
+    """
+    dataset = dataloader.dataset
+    options = _kept(dataloader)
+    if isinstance(dataset, IterableDataset):
+        options.update(batch_size=dataloader.batch_size, drop_last=dataloader.drop_last)
+    else:
+        as_sampler = isinstance(dataloader.sampler, BatchSampler)
+        skipping = SkipBatchSampler(
+            dataloader.sampler if as_sampler else dataloader.batch_sampler, num_batches
+        )
+        options.update(
+            {"sampler": skipping, "batch_size": None} if as_sampler else {"batch_sampler": skipping}
+        )
+    return _mark_like(dataloader, _skipping(dataloader, dataset, num_batches, options))
+
+
+def _skipping(dataloader: Any, dataset: Any, num_batches: int, options: dict[str, Any]) -> Any:
+    if isinstance(dataloader, DataLoaderDispatcher):
+        options.pop("generator", None)
+        options.pop("batch_sampler", None) if isinstance(dataset, IterableDataset) else None
+        return DataLoaderDispatcher(
+            dataset,
+            split_batches=dataloader.split_batches,
+            skip_batches=num_batches if isinstance(dataset, IterableDataset) else 0,
+            _drop_last=dataloader._drop_last,
+            _non_blocking=dataloader._non_blocking,
+            slice_fn=dataloader.slice_fn,
+            iteration=dataloader.iteration,
+            **(
+                options
+                if isinstance(dataset, IterableDataset)
+                else _unskipped(dataloader, options, num_batches)
+            ),
+        )
+    if isinstance(dataloader, DataLoaderShard):
+        return DataLoaderShard(
+            dataset,
+            device=dataloader.device,
+            rng_types=dataloader.rng_types,
+            synchronized_generator=dataloader.synchronized_generator,
+            skip_batches=num_batches if isinstance(dataset, IterableDataset) else 0,
+            _drop_last=dataloader._drop_last,
+            _non_blocking=dataloader._non_blocking,
+            iteration=dataloader.iteration,
+            **options,
+        )
+    if isinstance(dataset, IterableDataset):
+        return SkipDataLoader(dataset, skip_batches=num_batches, **options)
+    return DataLoader(dataset, **options)
+
+
+def _unskipped(dataloader: Any, options: dict[str, Any], num_batches: int) -> dict[str, Any]:
+    """Rank 0 reads several batches of the sampler for each batch that a rank sees."""
+    each = 1 if dataloader.split_batches else dataloader.state.num_processes
+    return {**options, "batch_sampler": SkipBatchSampler(dataloader.batch_sampler, num_batches * each)}
+
+
+def _mark_like(original: Any, made: Any) -> Any:
+    if getattr(original, "_is_accelerate_prepared", False):
+        made._is_accelerate_prepared = True
+    return made

@@ -1,0 +1,1 @@
+"""What the ranks say to each other: tensors, objects, random states."""
