@@ -180,7 +180,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def typed_fields(options: argparse.Namespace) -> dict[str, object]:
-    """The fields of `environment.FIELDS` that were typed, and `use_deepspeed` where one of them implies it."""
+    """The typed ones of `environment.FIELDS`, and `use_deepspeed` where one of them implies it."""
     given = vars(options)
     fields = {name: given[name] for name in environment.FIELDS if given.get(name) is not None}
     if any(name in fields for name in DEEPSPEED_ONLY):

@@ -1,7 +1,7 @@
 """What each rank of `zeroaccel launch` runs: the user's script as `__main__`, with one account of a failure.
 
-An uncaught exception of the rank that raises first is printed as Python prints it; the same from other ranks,
-most of them consequences ("connection closed by peer"), is only noted. Notes lie in torchelastic's error files.
+An uncaught exception of the rank that raises first is printed as Python prints it; those of other ranks, most of
+them consequences ("connection closed by peer"), are only noted. Notes lie in torchelastic's error files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tensors between ranks. Every function here that asks other ranks must be called by all of them.
 
-`gather`, `reduce` and `broadcast` compare the shapes first, with one exchange of 8 bytes a rank whatever the data:
+`gather`, `reduce` and `broadcast` compare the shapes first, with one exchange of 16 bytes a rank whatever the data:
 a mismatch would otherwise hang, crash in the backend, or give garbage.
 """
 
@@ -79,10 +79,9 @@ def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
     check_agreement("reduce", tensor, "reduce what has one shape on all ranks, for example a sum")
 
     def reduce_one(one: torch.Tensor) -> torch.Tensor:
-        result = one.detach().clone(memory_format=torch.contiguous_format) if world_size > 1 else one.clone()
-        if world_size == 1 or reduction == "none":
-            return result
-        dist.all_reduce(result, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM)
+        result = one.clone(memory_format=torch.contiguous_format)
+        if world_size > 1 and reduction != "none":
+            dist.all_reduce(result, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM)
         return result / world_size if reduction == "mean" else result
 
     return recursively_apply(reduce_one, tensor)
@@ -230,8 +229,8 @@ def _describe(leaf: Any, ranks_only: bool) -> str:
 
 def _all_equal(text: str, state: PartialState) -> bool:
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-    # The largest of d and of -d (as ~d): equal to each other's inverse only if all ranks sent the same.
+    # One MAX gives both extremes, as max(~digest) is ~min(digest).
     extremes = torch.tensor([digest, ~digest], device=state.device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    largest, smallest = extremes.tolist()
-    return bool(largest == ~smallest)
+    largest, inverted_smallest = extremes.tolist()
+    return bool(largest == ~inverted_smallest)
