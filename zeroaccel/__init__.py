@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from zeroaccel.accelerator import Accelerator as Accelerator
     from zeroaccel.config.options import AutocastKwargs as AutocastKwargs
     from zeroaccel.config.options import DataLoaderConfiguration as DataLoaderConfiguration
-    from zeroaccel.config.options import DDPCommunicationHookType as DDPCommunicationHookType
     from zeroaccel.config.options import DistributedDataParallelKwargs as DistributedDataParallelKwargs
     from zeroaccel.config.options import GradScalerKwargs as GradScalerKwargs
     from zeroaccel.config.options import InitProcessGroupKwargs as InitProcessGroupKwargs
     from zeroaccel.config.options import ProfileKwargs as ProfileKwargs
     from zeroaccel.config.plugin import DeepSpeedPlugin as DeepSpeedPlugin
+    from zeroaccel.config.types import DDPCommunicationHookType as DDPCommunicationHookType
     from zeroaccel.config.types import DistributedType as DistributedType
     from zeroaccel.data_loader import skip_first_batches as skip_first_batches
     from zeroaccel.distributed.random import synchronize_rng_states as synchronize_rng_states
@@ -29,7 +29,6 @@ __getattr__, __all__ = reexport(
         "zeroaccel.accelerator": ["Accelerator"],
         "zeroaccel.config.options": [
             "AutocastKwargs",
-            "DDPCommunicationHookType",
             "DataLoaderConfiguration",
             "DistributedDataParallelKwargs",
             "GradScalerKwargs",
@@ -37,7 +36,7 @@ __getattr__, __all__ = reexport(
             "ProfileKwargs",
         ],
         "zeroaccel.config.plugin": ["DeepSpeedPlugin"],
-        "zeroaccel.config.types": ["DistributedType"],
+        "zeroaccel.config.types": ["DDPCommunicationHookType", "DistributedType"],
         "zeroaccel.data_loader": ["skip_first_batches"],
         "zeroaccel.distributed.random": ["synchronize_rng_states"],
         "zeroaccel.state": ["PartialState"],

@@ -47,9 +47,7 @@ Plugins = DeepSpeedPlugin | dict[str, DeepSpeedPlugin]
 def _refuse_other_strategies(**strategies: Any) -> None:
     named = sorted(name for name, value in strategies.items() if value is not None)
     if named:
-        raise UnsupportedError(
-            f"{', '.join(named)}: this library trains with DeepSpeed ZeRO only; leave it out"
-        )
+        raise UnsupportedError(f"{', '.join(named)}: this library trains with DeepSpeed ZeRO only; leave it out")
 
 
 def _check_plugins(plugin: Plugins | None, plugins: Plugins | None) -> Plugins | None:
@@ -85,9 +83,7 @@ def _sort_handlers(handlers: list[KwargsHandler] | None) -> dict[type, KwargsHan
     found: dict[type, KwargsHandler] = {}
     for handler in handlers or []:
         if not isinstance(handler, KwargsHandler):
-            raise ConfigTypeError(
-                f"kwargs_handlers takes KwargsHandler objects, got {type(handler).__name__}"
-            )
+            raise ConfigTypeError(f"kwargs_handlers takes KwargsHandler objects, got {type(handler).__name__}")
         if type(handler) in found:
             raise ConfigError(f"kwargs_handlers holds two {type(handler).__name__}: pass one")
         found[type(handler)] = handler
@@ -105,9 +101,7 @@ def _accumulation_plugin(
     typed = plugin is not None or steps != 1
     if plugin is None:
         launched = environment.text("GRADIENT_ACCUMULATION_STEPS")
-        plugin = GradientAccumulationPlugin(
-            num_steps=int(launched) if launched and launched != "auto" else steps
-        )
+        plugin = GradientAccumulationPlugin(num_steps=int(launched) if launched and launched != "auto" else steps)
     return plugin, typed
 
 
@@ -185,9 +179,7 @@ class Accelerator:
 
     # --- construction -------------------------------------------------------------------------------------------
 
-    def _read_project(
-        self, project_dir: str | os.PathLike[str] | None, config: ProjectConfiguration | None
-    ) -> None:
+    def _read_project(self, project_dir: str | os.PathLike[str] | None, config: ProjectConfiguration | None) -> None:
         directory = None if project_dir is None else os.fspath(project_dir)
         self.project_configuration = config or ProjectConfiguration(project_dir=directory)
         if directory is not None and self.project_configuration.project_dir is None:
@@ -210,16 +202,13 @@ class Accelerator:
         dynamo_plugin: TorchDynamoPlugin | None,
     ) -> None:
         if mixed_precision is not None and str(mixed_precision) not in PrecisionType:
-            raise ConfigError(
-                f"mixed_precision={mixed_precision!r} is unknown: choose from {PrecisionType.list()}"
-            )
+            raise ConfigError(f"mixed_precision={mixed_precision!r} is unknown: choose from {PrecisionType.list()}")
         if dynamo_backend is not None and dynamo_plugin is not None:
             raise ConfigError("dynamo_backend and dynamo_plugin were both passed: pass one of them")
         self.state = AcceleratorState(
             mixed_precision=None if mixed_precision is None else str(mixed_precision),
             cpu=cpu,
-            dynamo_plugin=dynamo_plugin
-            or TorchDynamoPlugin(**({"backend": dynamo_backend} if dynamo_backend else {})),
+            dynamo_plugin=dynamo_plugin or TorchDynamoPlugin(backend=dynamo_backend),
             deepspeed_plugin=plugins,
             _from_accelerator=True,
             **(self.init_handler.to_kwargs() if self.init_handler else {}),
@@ -403,9 +392,7 @@ class Accelerator:
         """The first rank of each node runs the block before the others there."""
         return PartialState().local_main_process_first()
 
-    def split_between_processes(
-        self, inputs: Any, apply_padding: bool = False
-    ) -> AbstractContextManager[Any]:
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
         """This rank's share of `inputs`; see `PartialState.split_between_processes`."""
         return PartialState().split_between_processes(inputs, apply_padding)
 
@@ -465,13 +452,9 @@ class Accelerator:
             return model.to(self.device).eval()
         return self.prepare(model, device_placement=None if device_placement is None else [device_placement])
 
-    def prepare_optimizer(
-        self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
-    ) -> Any:
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
         """Prepares one optimizer; under DeepSpeed it must come with its model, in one `prepare()` call."""
-        return self.prepare(
-            optimizer, device_placement=None if device_placement is None else [device_placement]
-        )
+        return self.prepare(optimizer, device_placement=None if device_placement is None else [device_placement])
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         """Prepares a scheduler whose optimizer was prepared before."""
@@ -603,9 +586,7 @@ class Accelerator:
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
         """Divides the gradients by the fp16 scaler's factor, before reading them; DeepSpeed needs no call."""
-        chosen = (
-            [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-        )
+        chosen = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
         self._backend.unscale_gradients(list(chosen))
 
     @contextmanager
@@ -634,9 +615,7 @@ class Accelerator:
         """Sum or mean over the ranks, times `scale`."""
         return operations.reduce(tensor, reduction, scale)
 
-    def pad_across_processes(
-        self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
-    ) -> Any:
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         """Pads tensors to the longest of all ranks in dimension `dim`."""
         return operations.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 

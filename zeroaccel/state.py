@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed
+from torch._C._distributed_c10d import HashStore
 
 from zeroaccel import logging as rank_logging
 from zeroaccel.config import environment
@@ -34,9 +35,7 @@ def best_device() -> torch.device:
     """The accelerator of this machine (CUDA, XPU, MPS ...), else the CPU."""
     if torch.backends.mps.is_available():
         return torch.device("mps")
-    found = (
-        torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
-    )
+    found = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
     if found is None and torch.cuda.is_available():
         found = torch.device("cuda")
     return torch.device("cpu") if found is None else torch.device(found.type)
@@ -135,10 +134,8 @@ class PartialState(_Shared):
                 self.process_index, self.num_processes, self.local_process_index, self.num_processes
             )
             environment.announce_ranks(ranks)
-            if environment.launched_ranks() is None or (
-                self.num_processes == 1 and not environment.has_master()
-            ):
-                options.update(store=torch.distributed.HashStore(), rank=0, world_size=1)
+            if environment.launched_ranks() is None or (self.num_processes == 1 and not environment.has_master()):
+                options.update(store=HashStore(), rank=0, world_size=1)
             torch.distributed.init_process_group(backend=backend, **options)
         self.backend = torch.distributed.get_backend()
         self.num_processes = torch.distributed.get_world_size()
@@ -157,7 +154,7 @@ class PartialState(_Shared):
     def __getattr__(self, name: str) -> Any:
         if name in PartialState.__annotations__:
             raise AttributeError(
-                f"{type(self).__name__} has no {name!r}: its state was reset. Create `Accelerator()` or `PartialState()` again"
+                f"{type(self).__name__} has no {name!r}: its state was reset. Create `Accelerator()` again"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -259,9 +256,7 @@ class PartialState(_Shared):
             return partial(self.on_process, process_index=process_index)
         return function if self.process_index == process_index or not self.use_distributed else do_nothing
 
-    def on_local_process(
-        self, function: Function | None = None, local_process_index: int | None = None
-    ) -> Any:
+    def on_local_process(self, function: Function | None = None, local_process_index: int | None = None) -> Any:
         """Decorator: runs on one rank of each node only."""
         if function is None:
             return partial(self.on_local_process, local_process_index=local_process_index)
@@ -337,17 +332,13 @@ class AcceleratorState(_Shared):
             self._refuse_change(mixed_precision, cpu)
             return
         if not _from_accelerator:
-            raise ConfigError(
-                "AcceleratorState is empty: create `accelerator = Accelerator()` before reading it"
-            )
+            raise ConfigError("AcceleratorState is empty: create `accelerator = Accelerator()` before reading it")
         partial_state = PartialState(cpu, **kwargs)
         self.__dict__.update(PartialState._shared_state)
         self.deepspeed_plugins = None
         self.dynamo_plugin = dynamo_plugin
         if deepspeed_plugin is None:
-            self._mixed_precision = (
-                mixed_precision or environment.text("MIXED_PRECISION") or PrecisionType.NO.value
-            )
+            self._mixed_precision = mixed_precision or environment.text("MIXED_PRECISION") or PrecisionType.NO.value
         else:
             self._enable_deepspeed(partial_state, deepspeed_plugin, mixed_precision)
         PartialState._shared_state["distributed_type"] = self.distributed_type
@@ -424,9 +415,7 @@ class AcceleratorState(_Shared):
 
     def _named_plugins(self) -> dict[str, DeepSpeedPlugin]:
         if not isinstance(self.deepspeed_plugins, dict):
-            raise ConfigError(
-                "the run has no named plugins: pass `Accelerator(deepspeed_plugins={'name': plugin})`"
-            )
+            raise ConfigError("the run has no named plugins: pass `Accelerator(deepspeed_plugins={'name': plugin})`")
         return self.deepspeed_plugins
 
     @staticmethod
@@ -448,10 +437,8 @@ def get_active_deepspeed_plugin(state: AcceleratorState) -> DeepSpeedPlugin:
             "there is no DeepSpeed plugin: pass `Accelerator(deepspeed_plugin=DeepSpeedPlugin(...))`"
             " or start with `zeroaccel launch --use_deepspeed`"
         )
-    if isinstance(plugins, dict):
-        return next(plugin for plugin in plugins.values() if plugin.selected)
-    plugin: DeepSpeedPlugin = plugins
-    return plugin
+    candidates: list[DeepSpeedPlugin] = list(plugins.values()) if isinstance(plugins, dict) else [plugins]
+    return next(plugin for plugin in candidates if plugin.selected)
 
 
 class GradientState(_Shared):

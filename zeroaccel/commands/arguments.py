@@ -53,9 +53,7 @@ def _dashed(name: str) -> str:
     return name[:2] + name[2:].replace("_", "-")
 
 
-def number(
-    kind: Callable[[str], Number], lowest: Number, highest: Number | None = None
-) -> Callable[[str], Number]:
+def number(kind: Callable[[str], Number], lowest: Number, highest: Number | None = None) -> Callable[[str], Number]:
     """A value type: an int or float within bounds, both included."""
     wanted = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
     noun = "whole number" if kind is int else "number"

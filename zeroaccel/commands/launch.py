@@ -149,9 +149,7 @@ def _add_deepspeed_options(parser: OneLineParser) -> None:
         metavar="0-3",
         help="1 splits optimizer states, 2 gradients, 3 weights",
     )
-    add(
-        "--gradient_clipping", type=number(float, 0.0), metavar="NORM", help="largest gradient norm; 0 is off"
-    )
+    add("--gradient_clipping", type=number(float, 0.0), metavar="NORM", help="largest gradient norm; 0 is off")
     add("--offload_optimizer_device", type=str.lower, choices=DEVICES, help="where optimizer states live")
     add("--offload_param_device", type=str.lower, choices=DEVICES, help="where stage 3 keeps parameters")
     add("--offload_optimizer_nvme_path", metavar="FOLDER", help="for optimizer states on NVMe")
@@ -195,9 +193,7 @@ def check(options: argparse.Namespace) -> None:
         ConfigError: a missing script, module or file, or more machines than this version can drive.
     """
     if (options.num_machines or 1) > 1 or (options.machine_rank or 0) > 0:
-        raise ConfigError(
-            "several machines are not supported yet: leave --num_machines and --machine_rank away"
-        )
+        raise ConfigError("several machines are not supported yet: leave --num_machines and --machine_rank away")
     if options.module:
         top = options.script.partition(".")[0]
         if importlib.machinery.PathFinder.find_spec(top, [os.getcwd(), *sys.path]) is None:

@@ -66,9 +66,7 @@ def _quieten() -> None:
 
 def _is_taken(address: str, port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as torch's store binds: TIME_WAIT is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store binds: TIME_WAIT is free
         try:
             probe.bind((address, port))
         except OSError:
@@ -95,9 +93,7 @@ def _explain(error: ChildFailedError, log_dir: Path, num_processes: int) -> int:
     # Ranks that the launcher ended on account of the others carry no news.
     told = [failure for failure in failures if failure.status != 128 + signal.SIGTERM] or failures
     first, *later = told
-    print(
-        f"zeroaccel launch: rank {first.rank} of {num_processes} failed first: {first.text}", file=sys.stderr
-    )
+    print(f"zeroaccel launch: rank {first.rank} of {num_processes} failed first: {first.text}", file=sys.stderr)
     for failure in later:
         print(f"zeroaccel launch: rank {failure.rank} failed after it: {failure.text}", file=sys.stderr)
     return first.status
@@ -112,7 +108,5 @@ def _read(rank: int, failure: Any, log_dir: Path) -> _Failure:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         sudden = -failure.exitcode in _SUDDEN
-        return _Failure(
-            rank, failure.pid, status, f"killed by {name} (pid {failure.pid})", sudden, sys.maxsize
-        )
+        return _Failure(rank, failure.pid, status, f"killed by {name} (pid {failure.pid})", sudden, sys.maxsize)
     return _Failure(rank, failure.pid, status, f"it ended with exit status {status}", False, sys.maxsize)

@@ -269,9 +269,7 @@ def _micro_batch(r: _Resolution) -> Choice | None:
         return None
     per_rank = [size // world_size if r.facts.split_batches else size for size in sizes if size is not None]
     size = min(per_rank) if r.is_train_batch_min else max(per_rank)
-    which = (
-        f"{'smallest' if r.is_train_batch_min else 'largest'} of {sizes}" if len(sizes) > 1 else f"{sizes[0]}"
-    )
+    which = f"{'smallest' if r.is_train_batch_min else 'largest'} of {sizes}" if len(sizes) > 1 else f"{sizes[0]}"
     split = f", split over {world_size} ranks" if r.facts.split_batches else ""
     return size, "DataLoader", f"batch size {which}{split}"
 
@@ -281,9 +279,7 @@ def _from_train_batch(r: _Resolution) -> Choice | None:
     if not isinstance(total, int) or not isinstance(steps, int):
         return None
     size, rest = divmod(total, steps * r.facts.world_size)
-    return (
-        None if rest else (size, "train_batch_size", f"{total} / {steps} steps / {r.facts.world_size} ranks")
-    )
+    return None if rest else (size, "train_batch_size", f"{total} / {steps} steps / {r.facts.world_size} ranks")
 
 
 def _train_batch(r: _Resolution) -> Choice | None:
@@ -372,9 +368,7 @@ def _fill_from_dummies(r: _Resolution) -> None:
         for name, value in fact.params.items():
             key = f"{section}.params.{name}"
             if r.is_open(key):
-                r.choose(
-                    key, value, f"Dummy{'Optim' if section == 'optimizer' else 'Scheduler'}", f"its {name}"
-                )
+                r.choose(key, value, f"Dummy{'Optim' if section == 'optimizer' else 'Scheduler'}", f"its {name}")
 
 
 def _left_over(r: _Resolution) -> list[str]:

@@ -95,18 +95,21 @@ def unserved(key: str, served: Container[str], facts: Facts) -> str:
         else:
             found = "no DataLoader"
         return (
-            f"{key} is 'auto', and prepare() got {found}: pass a DataLoader with a batch_size, or write a number, in the"
-            " config or by `accelerator.deepspeed_plugin.deepspeed_config['train_micro_batch_size_per_gpu'] = ...`"
+            f"{key} is 'auto', and prepare() got {found}: pass a DataLoader with a batch_size, or write a number, in"
+            " the config or by `accelerator.deepspeed_plugin.deepspeed_config['train_micro_batch_size_per_gpu'] = ...`"
         )
     if key.startswith("optimizer.params."):
         name = key.rsplit(".", 1)[-1]
         return f"{key} is 'auto', and the DummyOptim has no {name}: pass DummyOptim(..., {name}=...), or write a value"
     if key.startswith("scheduler.params."):
         name = key.rsplit(".", 1)[-1]
-        return f"{key} is 'auto', and the DummyScheduler has no {name}: pass DummyScheduler(..., {name}=...), or write a value"
+        remedy = f"pass DummyScheduler(..., {name}=...), or write a value"
+        return f"{key} is 'auto', and the DummyScheduler has no {name}: {remedy}"
     if key in served:
         return f"{key} is 'auto', and nothing in this prepare() call tells its value: write one"
-    return f"{key} is 'auto', which is not understood there: write a value, or leave the key out for DeepSpeed's default"
+    return (
+        f"{key} is 'auto', which is not understood there: write a value, or leave the key out for DeepSpeed's default"
+    )
 
 
 def values(document: HfDeepSpeedConfig) -> list[str]:

@@ -34,8 +34,7 @@ class HfDeepSpeedConfig:
         """Reads stage and offload again, after `config` was changed."""
         self._stage = self.get_value("zero_optimization.stage", -1)
         devices = [
-            self.get_value(f"zero_optimization.{part}.device")
-            for part in ("offload_optimizer", "offload_param")
+            self.get_value(f"zero_optimization.{part}.device") for part in ("offload_optimizer", "offload_param")
         ]
         self._offload = self._stage in (2, 3) and any(device in ("cpu", "nvme") for device in devices)
 
@@ -64,9 +63,7 @@ class HfDeepSpeedConfig:
         if node is not None and key in node:
             del node[key]
         elif must_exist:
-            raise ConfigError(
-                f"{ds_key_long} is not in the DeepSpeed config ({self.origin}), so it cannot be removed"
-            )
+            raise ConfigError(f"{ds_key_long} is not in the DeepSpeed config ({self.origin}), so it cannot be removed")
 
     def is_true(self, ds_key_long: str) -> bool:
         """Whether the key is set, and to something true."""

@@ -18,7 +18,7 @@ FALLBACK_PREFIX = "ACCELERATE_"
 # What `accelerate launch` exports though nobody typed it: no wish of the user's (DESIGN.md, semantics 1).
 UNTYPED_FALLBACKS = {"GRADIENT_ACCUMULATION_STEPS": "1", "MIXED_PRECISION": "no"}
 
-# Launcher option or plugin field -> rest of the variable's name. `zeroaccel launch` writes these, the library reads them.
+# Launcher option or plugin field -> rest of the variable's name. `zeroaccel launch` writes them, the library reads.
 FIELDS = {
     "use_deepspeed": "USE_DEEPSPEED",
     "cpu": "USE_CPU",

@@ -104,9 +104,7 @@ class ProfileKwargs(KwargsHandler):
         """
         import torch.profiler
 
-        known = {
-            name.lower(): activity for name, activity in torch.profiler.ProfilerActivity.__members__.items()
-        }
+        known = {name.lower(): activity for name, activity in torch.profiler.ProfilerActivity.__members__.items()}
         if unknown := [name for name in self.activities or [] if name not in known]:
             raise ConfigError(f"profiler activities {unknown} are unknown: choose from {sorted(known)}")
         return torch.profiler.profile(
@@ -210,9 +208,7 @@ class TorchDynamoPlugin(KwargsHandler):
     def __post_init__(self) -> None:
         name = str(self.backend or environment.text("DYNAMO_BACKEND") or "no").upper()
         if name not in DynamoBackend:
-            raise ConfigError(
-                f"dynamo_backend={self.backend!r} is unknown: choose from {DynamoBackend.list()}"
-            )
+            raise ConfigError(f"dynamo_backend={self.backend!r} is unknown: choose from {DynamoBackend.list()}")
         self.backend = DynamoBackend(name)
         self.mode = self.mode or environment.text("DYNAMO_MODE") or "default"
         if self.fullgraph is None:

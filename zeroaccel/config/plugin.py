@@ -98,17 +98,13 @@ class DeepSpeedPlugin:
         self._was_auto: dict[str, Any] = {}  # what the newest prepare() put where `auto` stood
         self._fill_from_launcher()
         if self.auto_policy not in AUTO_POLICIES:
-            raise ConfigError(
-                f"auto_policy={self.auto_policy!r} is unknown: choose from {list(AUTO_POLICIES)}"
-            )
+            raise ConfigError(f"auto_policy={self.auto_policy!r} is unknown: choose from {list(AUTO_POLICIES)}")
         if self.hf_ds_config == "none":
             self.hf_ds_config = HfDeepSpeedConfig(self._config_from_fields())
         else:
             self._adopt_document()
         self.deepspeed_config: dict[str, Any] = self.hf_ds_config.config
-        self.deepspeed_config["steps_per_print"] = float(
-            "inf"
-        )  # DeepSpeed's progress lines are not for stdout
+        self.deepspeed_config["steps_per_print"] = float("inf")  # DeepSpeed's progress lines are not for stdout
         self._decide_zero3_init()
         self._add_msamp()
 
@@ -125,9 +121,7 @@ class DeepSpeedPlugin:
                 setattr(self, name, default if setting is None else read(setting.value))
             except ValueError as error:
                 assert setting is not None
-                raise ConfigError(
-                    f"{setting.variable}={setting.value!r} cannot be read as {name}: {error}"
-                ) from error
+                raise ConfigError(f"{setting.variable}={setting.value!r} cannot be read as {name}: {error}") from error
 
     def _config_from_fields(self) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -136,9 +130,7 @@ class DeepSpeedPlugin:
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "zero_optimization": {
                 "stage": self.zero_stage,
-                "offload_optimizer": _offload(
-                    self.offload_optimizer_device, self.offload_optimizer_nvme_path
-                ),
+                "offload_optimizer": _offload(self.offload_optimizer_device, self.offload_optimizer_nvme_path),
                 "offload_param": _offload(self.offload_param_device, self.offload_param_nvme_path),
                 "stage3_gather_16bit_weights_on_model_save": self.zero3_save_16bit_model,
             },
@@ -211,8 +203,8 @@ class DeepSpeedPlugin:
                 ambiguous.append(name)
         if ambiguous:
             raise ConfigError(
-                f"the launch config file sets {', '.join(ambiguous)} beside deepspeed_config_file ({self._origin}), so it"
-                " is not clear which holds: remove them from the launch config file, or write the config anew with"
+                f"the launch config file sets {', '.join(ambiguous)} beside deepspeed_config_file ({self._origin}), so"
+                " it is not clear which holds: remove them from the launch config file, or write the config anew with"
                 " `zeroaccel config`, which asks only for what applies"
             )
 
@@ -251,10 +243,8 @@ class DeepSpeedPlugin:
                 )
             node[key] = kwargs[ds_key_long]
         elif must_match and ds_key_long in kwargs and node.get(key) not in (None, kwargs[ds_key_long]):
-            if mismatches is not None:
-                mismatches.append(
-                    f"{ds_key_long} is {node[key]!r} in the config and {kwargs[ds_key_long]!r} here"
-                )
+            difference = f"{ds_key_long} is {node[key]!r} in the config and {kwargs[ds_key_long]!r} here"
+            (mismatches if mismatches is not None else []).append(difference)
 
     def deepspeed_config_process(
         self,
@@ -276,9 +266,7 @@ class DeepSpeedPlugin:
             else:
                 self.fill_match(prefix + key, mismatches, must_match=must_match, **kwargs)
         if mismatches and not prefix:
-            raise ConfigError(
-                f"{'; '.join(mismatches)}: make them equal, or write 'auto' in the DeepSpeed config"
-            )
+            raise ConfigError(f"{'; '.join(mismatches)}: make them equal, or write 'auto' in the DeepSpeed config")
 
     def set_mixed_precision(self, mixed_precision: str) -> None:
         """Writes the precision into the config where it leaves it open; fp8 runs on bf16.
@@ -302,7 +290,8 @@ class DeepSpeedPlugin:
             config.setdefault("msamp", {"enabled": True, "opt_level": self.msamp_opt_level})
         for name in ("fp16", "bf16"):
             config.setdefault(name, {"enabled": False})
-            self.fill_match(f"{name}.enabled", must_match=False, **{f"{name}.enabled": wanted == name})
+            values: dict[str, Any] = {f"{name}.enabled": wanted == name}
+            self.fill_match(f"{name}.enabled", must_match=False, **values)
         if other is not None and config[wanted].get("enabled") is False:
             warnings.warn(
                 f"mixed_precision={mixed_precision!r} has no effect: the DeepSpeed config ({self._origin}) switches"
@@ -313,9 +302,7 @@ class DeepSpeedPlugin:
     def set_moe_leaf_modules(self, model: Any) -> None:
         """Makes stage 3 gather mixture-of-experts layers as a whole, where `transformer_moe_cls_names` names them."""
         if self.transformer_moe_cls_names is None:
-            self.transformer_moe_cls_names = environment.text(
-                environment.FIELDS["deepspeed_moe_layer_cls_names"]
-            )
+            self.transformer_moe_cls_names = environment.text(environment.FIELDS["deepspeed_moe_layer_cls_names"])
         if self.transformer_moe_cls_names is not None:
             from zeroaccel.engine.zero3 import set_leaf_modules
 
@@ -327,9 +314,7 @@ class DeepSpeedPlugin:
         """Tells transformers whether to build models partitioned from now on."""
         from zeroaccel.engine.zero3 import register_with_transformers
 
-        self.dschf = register_with_transformers(
-            copy.deepcopy(self.deepspeed_config), bool(self.zero3_init_flag)
-        )
+        self.dschf = register_with_transformers(copy.deepcopy(self.deepspeed_config), bool(self.zero3_init_flag))
 
     def is_zero3_init_enabled(self) -> bool:
         """Whether models are built partitioned."""

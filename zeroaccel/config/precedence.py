@@ -52,8 +52,5 @@ def losers_warning(losers: Sequence[tuple[str, Any, str, Any, str]]) -> str:
     Args:
         losers: key, the value that holds, its source, the value that lost, its source.
     """
-    lines = [
-        f"{key}: {value!r} ({source}) holds, not {lost!r} ({loser})"
-        for key, value, source, lost, loser in losers
-    ]
+    lines = [f"{key}: {value!r} ({source}) holds, not {lost!r} ({loser})" for key, value, source, lost, loser in losers]
     return "values given twice: " + "; ".join(lines)

@@ -190,12 +190,12 @@ class DataLoaderShard(_Prepared):
         """Samples of all ranks in a batch."""
         sampler: Any = self.sampler if isinstance(self.sampler, BatchSampler) else self.batch_sampler
         holder = sampler if sampler is not None else self.dataset
-        size = getattr(holder, "batch_size", None)
+        size: Any = getattr(holder, "batch_size", None)
         if size is None and sampler is None:
             size = self.batch_size
         if getattr(holder, "split_batches", False):
-            return size  # type: ignore[no-any-return]
-        return size * getattr(holder, "num_processes", 1)  # type: ignore[no-any-return,operator]
+            return int(size)
+        return int(size * getattr(holder, "num_processes", 1))
 
 
 class DataLoaderDispatcher(_Prepared):
@@ -251,7 +251,7 @@ class DataLoaderDispatcher(_Prepared):
             return concatenate(parts)
         except RuntimeError as error:
             raise ConfigError(
-                "dispatch_batches joins the batches of all ranks, and these have different shapes: pad them to one shape"
+                "dispatch_batches joins the batches of all ranks, and these have different shapes: pad them"
                 f" (a collate_fn), or use dispatch_batches=False or split_batches=True. PyTorch said: {error}"
             ) from error
 
@@ -322,11 +322,7 @@ class DataLoaderDispatcher(_Prepared):
     @property
     def total_batch_size(self) -> int:
         """Samples of all ranks in a batch."""
-        size = (
-            self.batch_size
-            if self.batch_size is not None
-            else getattr(self.batch_sampler, "batch_size", None)
-        )
+        size = self.batch_size if self.batch_size is not None else getattr(self.batch_sampler, "batch_size", None)
         return size if self.split_batches else size * self.state.num_processes  # type: ignore[operator,return-value]
 
 

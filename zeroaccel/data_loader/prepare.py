@@ -77,9 +77,7 @@ def prepare_data_loader(
         UnsupportedError: stateful loaders or a device mesh.
     """
     if use_stateful_dataloader or torch_device_mesh is not None:
-        raise UnsupportedError(
-            "use_stateful_dataloader and torch_device_mesh are not supported yet: leave them out"
-        )
+        raise UnsupportedError("use_stateful_dataloader and torch_device_mesh are not supported yet: leave them out")
     iterable = isinstance(dataloader.dataset, IterableDataset)
     dispatch = put_on_device and iterable if dispatch_batches is None else dispatch_batches
     if dispatch and not put_on_device:
@@ -180,16 +178,12 @@ def _shard(
             if split_batches and dataloader.batch_size is not None:
                 options["batch_size"] = dataloader.batch_size // num_processes
         return DataLoaderShard(dataset, synchronized_generator=generator, **options)
-    as_sampler = isinstance(
-        dataloader.sampler, BatchSampler
-    )  # batch_size=None with a batch sampler as sampler
+    as_sampler = isinstance(dataloader.sampler, BatchSampler)  # batch_size=None with a batch sampler as sampler
     batch_sampler: Any = dataloader.sampler if as_sampler else dataloader.batch_sampler
     if num_processes > 1:
         if not seeded:
             generator = _shared_generator(get_sampler(dataloader))
-        batch_sampler = BatchSamplerShard(
-            batch_sampler, num_processes, process_index, split_batches, even_batches
-        )
+        batch_sampler = BatchSamplerShard(batch_sampler, num_processes, process_index, split_batches, even_batches)
     if as_sampler:
         options.update(sampler=batch_sampler, batch_size=dataloader.batch_size)
     else:
@@ -200,14 +194,8 @@ def _shard(
 def _iterable_shard(dataloader: DataLoader[Any], ranks: tuple[int, int], split_batches: bool) -> Any:
     num_processes, process_index = ranks
     dataset: Any = dataloader.dataset
-    if (
-        type(dataset).__module__.startswith("datasets.")
-        and not split_batches
-        and dataset.n_shards >= num_processes
-    ):
-        return dataset.shard(
-            num_shards=num_processes, index=process_index
-        )  # each rank reads files of its own
+    if type(dataset).__module__.startswith("datasets.") and not split_batches and dataset.n_shards >= num_processes:
+        return dataset.shard(num_shards=num_processes, index=process_index)  # each rank reads files of its own
     return IterableDatasetShard(
         dataset,
         batch_size=dataloader.batch_size or 1,
@@ -241,12 +229,8 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
         options.update(batch_size=dataloader.batch_size, drop_last=dataloader.drop_last)
     else:
         as_sampler = isinstance(dataloader.sampler, BatchSampler)
-        skipping = SkipBatchSampler(
-            dataloader.sampler if as_sampler else dataloader.batch_sampler, num_batches
-        )
-        options.update(
-            {"sampler": skipping, "batch_size": None} if as_sampler else {"batch_sampler": skipping}
-        )
+        skipping = SkipBatchSampler(dataloader.sampler if as_sampler else dataloader.batch_sampler, num_batches)
+        options.update({"sampler": skipping, "batch_size": None} if as_sampler else {"batch_sampler": skipping})
     return _mark_like(dataloader, _skipping(dataloader, dataset, num_batches, options))
 
 
@@ -262,11 +246,7 @@ def _skipping(dataloader: Any, dataset: Any, num_batches: int, options: dict[str
             _non_blocking=dataloader._non_blocking,
             slice_fn=dataloader.slice_fn,
             iteration=dataloader.iteration,
-            **(
-                options
-                if isinstance(dataset, IterableDataset)
-                else _unskipped(dataloader, options, num_batches)
-            ),
+            **(options if isinstance(dataset, IterableDataset) else _unskipped(dataloader, options, num_batches)),
         )
     if isinstance(dataloader, DataLoaderShard):
         return DataLoaderShard(

@@ -95,11 +95,7 @@ class BatchSamplerShard(BatchSampler):
             if len(batch) == self.batch_size:
                 yield batch[mine]
             elif not self.drop_last:
-                full = (
-                    list(batch) + list(islice(cycle(first), self.batch_size))
-                    if self.even_batches
-                    else list(batch)
-                )
+                full = list(batch) + list(islice(cycle(first), self.batch_size)) if self.even_batches else list(batch)
                 if full[mine]:
                     yield full[mine]
 

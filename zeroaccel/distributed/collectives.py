@@ -133,7 +133,7 @@ def copy_tensor_to_devices(tensor: torch.Tensor | None = None) -> torch.Tensor:
     owners = [rank for rank, information in enumerate(known) if information is not None]
     if len(owners) != 1:
         raise DistributedError(
-            f"copy_tensor_to_devices needs the tensor on exactly one rank and None on the others; given by ranks {owners}"
+            f"copy_tensor_to_devices needs the tensor on exactly one rank, None on the others; given by ranks {owners}"
         )
     if state.num_processes == 1 and tensor is not None:
         return tensor.to(state.device)
@@ -207,9 +207,7 @@ def check_agreement(operation: str, data: Any, remedy: str, ranks_only: bool = F
     state = PartialState()
     described = [_describe(leaf, ranks_only) for leaf in leaves(data)]
     if state.num_processes > 1 and not _all_equal("; ".join(described), state):
-        shown = "".join(
-            f"\n  rank {rank}: {text}" for rank, text in enumerate(all_objects(", ".join(described)))
-        )
+        shown = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(all_objects(", ".join(described))))
         raise DistributedError(f"{operation} was given different tensors on different ranks: {remedy}{shown}")
     others = sorted({type(leaf).__name__ for leaf in leaves(data) if not isinstance(leaf, torch.Tensor)})
     if others:

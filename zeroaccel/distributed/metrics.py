@@ -6,16 +6,14 @@ from typing import Any
 
 from zeroaccel.distributed.collectives import gather
 from zeroaccel.distributed.nested import is_torch_tensor, leaves, recursively_apply
-from zeroaccel.distributed.objects import all_objects, gather_object
+from zeroaccel.distributed.objects import gather_object
 from zeroaccel.logging import library_logger
 from zeroaccel.state import GradientState, PartialState
 
 logger = library_logger(__name__)
 
 
-def gather_for_metrics(
-    input_data: Any, gradient_state: GradientState, use_gather_object: bool = False
-) -> Any:
+def gather_for_metrics(input_data: Any, gradient_state: GradientState, use_gather_object: bool = False) -> Any:
     """`gather`, or `gather_object`, without the samples that were repeated to fill the loader's last batch.
 
     Args:
@@ -35,9 +33,7 @@ def gather_for_metrics(
         return gathered
     real = gradient_state.remainder
     if real == -1:
-        logger.info(
-            "the loader cannot know how many samples of its last batch are real: cut the result yourself"
-        )
+        logger.info("the loader cannot know how many samples of its last batch are real: cut the result yourself")
         return gathered
     if real == 0:
         return gathered

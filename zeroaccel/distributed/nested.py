@@ -153,7 +153,7 @@ def find_batch_size(data: Any) -> int:
     """Size of the first dimension of the first tensor.
 
     Raises:
-        ConfigError: there is no tensor (then it is a TypeError too, unless `data` is empty), or the first has no dimension.
+        ConfigError: there is no tensor (a TypeError too, unless `data` is empty), or the first has no dimension.
     """
     if isinstance(data, (tuple, list, Mapping)) and len(data) == 0:
         raise ConfigError(f"an empty {type(data).__name__} has no batch size")

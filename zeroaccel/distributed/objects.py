@@ -109,7 +109,7 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
     (received,) = _unpack([message[0]], from_process)  # type: ignore[list-item]
     if len(received) != len(object_list):
         raise DistributedError(
-            f"rank {from_process} sends a list of {len(received)}, rank {state.process_index} has one of {len(object_list)}"
+            f"rank {from_process} sends a list of {len(received)}, rank {state.process_index} has {len(object_list)}"
         )
     if not sends:
         object_list[:] = received

@@ -31,9 +31,7 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         torch.use_deterministic_algorithms(True)
 
 
-def synchronize_rng_state(
-    rng_type: RNGType | str | None = None, generator: torch.Generator | None = None
-) -> None:
+def synchronize_rng_state(rng_type: RNGType | str | None = None, generator: torch.Generator | None = None) -> None:
     """Sets a random state on all ranks to that of rank 0. Collective.
 
     Args:
@@ -68,15 +66,11 @@ def _access(
         return generator.get_state, generator.set_state
     device = getattr(torch, kind.value, None)
     if device is None or not device.is_available():
-        raise ConfigError(
-            f"rng_type {kind.value!r} is for a device that this machine does not have: leave it out"
-        )
+        raise ConfigError(f"rng_type {kind.value!r} is for a device that this machine does not have: leave it out")
     return device.get_rng_state, device.set_rng_state
 
 
-def synchronize_rng_states(
-    rng_types: Sequence[str | RNGType], generator: torch.Generator | None = None
-) -> None:
+def synchronize_rng_states(rng_types: Sequence[str | RNGType], generator: torch.Generator | None = None) -> None:
     """`synchronize_rng_state` for each type."""
     for rng_type in rng_types:
         synchronize_rng_state(rng_type, generator=generator)

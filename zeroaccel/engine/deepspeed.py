@@ -81,13 +81,11 @@ class DeepSpeedBackend:
             if id(optimizer) not in replacements:
                 raise ConfigError(
                     f"{type(optimizer).__name__} holds no parameter of a model in this prepare() call: DeepSpeed shards"
-                    " model and optimizer together, so pass both: model, optimizer = accelerator.prepare(model, optimizer)"
+                    " both together, so pass both: model, optimizer = accelerator.prepare(model, optimizer)"
                 )
         for scheduler in schedulers:
             if id(scheduler) not in replacements:
-                replacements[id(scheduler)] = self.prepare_scheduler(
-                    scheduler, [w for _, w in self._optimizers]
-                )
+                replacements[id(scheduler)] = self.prepare_scheduler(scheduler, [w for _, w in self._optimizers])
         return replace(objects, replacements)
 
     def _scheduler_for(self, optimizer: Any, schedulers: list[Any], alone: bool) -> Any:
@@ -149,9 +147,7 @@ class DeepSpeedBackend:
             arguments["optimizer"] = for_offload(optimizer, config)
         self._hand_over_scheduler(scheduler, arguments)
         # DeepSpeed replaces the groups' parameters by its flat partitions, so they are noted before.
-        trained = (
-            {id(p) for p in parameters_of(optimizer) if p.requires_grad} if optimizer is not None else set()
-        )
+        trained = {id(p) for p in parameters_of(optimizer) if p.requires_grad} if optimizer is not None else set()
         engine, sharded, _, engine_scheduler = deepspeed.initialize(**arguments)
         made: dict[int, Any] = {id(model): self._finish_engine(engine)}
         if optimizer is not None:
@@ -174,9 +170,7 @@ class DeepSpeedBackend:
     def _finish_engine(self, engine: Any) -> Any:
         plugin = self._state.deepspeed_plugin
         assert plugin is not None
-        engine.no_sync = (
-            nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
-        )
+        engine.no_sync = nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
         guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs)
         return mark_prepared(engine)
 
@@ -193,9 +187,7 @@ class DeepSpeedBackend:
             made[id(scheduler)] = self._tie(scheduler, wrapper, stepper.engine.basic_optimizer)
         return made
 
-    def _tie(
-        self, scheduler: Any, wrapper: DeepSpeedOptimizerWrapper, stepping_optimizer: Any
-    ) -> AcceleratedScheduler:
+    def _tie(self, scheduler: Any, wrapper: DeepSpeedOptimizerWrapper, stepping_optimizer: Any) -> AcceleratedScheduler:
         """Has a PyTorch scheduler drive the optimizer that really steps."""
         if isinstance(scheduler, LRScheduler) and scheduler.optimizer is not stepping_optimizer:
             scheduler.optimizer = stepping_optimizer
@@ -261,9 +253,7 @@ class DeepSpeedBackend:
                 "backward needs a model that was prepared with its optimizer: accelerator.prepare(model, optimizer)"
             )
         if unknown := set(options) - {"retain_graph", "scale_wrt_gas"}:
-            raise UnsupportedError(
-                f"backward({', '.join(sorted(unknown))}=...) does not exist under DeepSpeed"
-            )
+            raise UnsupportedError(f"backward({', '.join(sorted(unknown))}=...) does not exist under DeepSpeed")
         if loss.numel() != 1:
             raise ConfigError(
                 f"backward needs a scalar loss, got shape {tuple(loss.shape)}: reduce it, e.g. loss.mean()"
@@ -292,9 +282,7 @@ class DeepSpeedBackend:
         given = {id(parameter) for parameter in listed}
         owners = [stepper for stepper in self._steppers if given & stepper.trained]
         if not owners:
-            raise ConfigError(
-                f"{what} got {len(listed)} parameters, none of a prepared model: pass model.parameters()"
-            )
+            raise ConfigError(f"{what} got {len(listed)} parameters, none of a prepared model: pass model.parameters()")
         for stepper in owners:
             if missing := len(stepper.trained - given):
                 raise UnsupportedError(
@@ -306,9 +294,7 @@ class DeepSpeedBackend:
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float) -> torch.Tensor:
         """Clips the coming step of the engines that own the parameters, by their common norm; 0 is off."""
         if float(norm_type) != 2.0:
-            raise UnsupportedError(
-                f"norm_type={norm_type}: DeepSpeed clips by the L2 norm only, use norm_type=2"
-            )
+            raise UnsupportedError(f"norm_type={norm_type}: DeepSpeed clips by the L2 norm only, use norm_type=2")
         owners = self._owners(parameters, "clip_grad_norm_")
         norms = [stepper.norm() for stepper in owners]
         total = torch.linalg.vector_norm(torch.stack(norms))

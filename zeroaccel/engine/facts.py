@@ -25,9 +25,7 @@ def loader_facts(loaders: list[DataLoader[Any]]) -> tuple[LoaderFact, ...]:
 
 def _is_shuffled(loader: DataLoader[Any]) -> bool:
     batch_sampler = getattr(loader, "batch_sampler", None)
-    return any(
-        isinstance(s, RandomSampler) for s in (loader.sampler, getattr(batch_sampler, "sampler", None))
-    )
+    return any(isinstance(s, RandomSampler) for s in (loader.sampler, getattr(batch_sampler, "sampler", None)))
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:

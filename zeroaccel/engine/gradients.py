@@ -58,7 +58,8 @@ class Gradients:
         norms = [torch.linalg.vector_norm(gradient.float()) for gradient in self.reduced()]
         if not norms:
             return torch.zeros((), device=self.engine.device)
-        return torch.linalg.vector_norm(torch.stack(norms))
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     def hold_norm(self, scaled: torch.Tensor) -> None:
         """Spares the step a second computation of the norm; `after_step` lets go of it."""

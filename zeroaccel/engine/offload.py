@@ -49,12 +49,10 @@ def cpu_version(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | Non
     if kind == "Adagrad":
         from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 
-        made: torch.optim.Optimizer = DeepSpeedCPUAdagrad(groups, **defaults)
-        return made
+        return DeepSpeedCPUAdagrad(groups, **defaults)  # type: ignore[no-any-return]
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    made = DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **defaults)
-    return made
+    return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **defaults)  # type: ignore[no-any-return]
 
 
 def _number(value: Any) -> Any:
@@ -78,9 +76,7 @@ def _same_rule(optimizer: torch.optim.Optimizer) -> str | None:
     variants = ("amsgrad", "maximize", "lr_decay", "initial_accumulator_value", "differentiable")
     if any(group.get(name) for group in [optimizer.defaults, *optimizer.param_groups] for name in variants):
         return None
-    decoupled = kind == "Adam" and any(
-        group.get("decoupled_weight_decay") for group in optimizer.param_groups
-    )
+    decoupled = kind == "Adam" and any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
     return "AdamW" if decoupled else kind
 
 

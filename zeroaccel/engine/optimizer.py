@@ -25,9 +25,7 @@ class DummyOptim:
         kwargs: further values, e.g. `betas` and `eps`.
     """
 
-    def __init__(
-        self, params: Iterable[Any], lr: float = 0.001, weight_decay: float = 0, **kwargs: Any
-    ) -> None:
+    def __init__(self, params: Iterable[Any], lr: float = 0.001, weight_decay: float = 0, **kwargs: Any) -> None:
         self.params = params
         self.lr = lr
         self.weight_decay = weight_decay
@@ -72,7 +70,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
             optimizer.load_state_dict(optimizer.state_dict())  # which moves state to its parameter's device
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """State of the optimizer inside."""
         return self.optimizer.state
 
@@ -81,7 +79,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.state = state
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """Param groups of the optimizer inside; assigning a group's `lr` takes effect."""
         return self.optimizer.param_groups
 
@@ -90,7 +88,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.param_groups = param_groups
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """Defaults of the optimizer inside."""
         return self.optimizer.defaults
 

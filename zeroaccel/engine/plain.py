@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -32,11 +32,11 @@ class PlainBackend:
         self._wrappers: list[AcceleratedOptimizer] = []
         self.scaler: Any = None
         if state.mixed_precision == "fp16":
-            self.scaler = torch.amp.GradScaler(state.device.type, **(setup.scaler_options or {}))  # type: ignore[attr-defined]
+            self.scaler = torch.amp.GradScaler(state.device.type, **(setup.scaler_options or {}))
 
     def prepare(self, objects: tuple[Any, ...], device_placement: list[bool] | None) -> tuple[Any, ...]:
         """Places and wraps; models keep their class."""
-        places = device_placement or [None] * len(objects)
+        places: Sequence[bool | None] = device_placement if device_placement is not None else [None] * len(objects)
         replacements: dict[int, Any] = {}
         for value, place in zip(objects, places, strict=True):
             kind = kind_of(value)
@@ -128,7 +128,8 @@ class PlainBackend:
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """PyTorch's, on gradients that are final; nothing inside an open window."""
-        if all([stepper.prepare_to_change() for stepper in self._steppers]):
+        final = [stepper.prepare_to_change() for stepper in self._steppers]
+        if all(final):
             torch.nn.utils.clip_grad_value_(parameters, clip_value)
 
     def unscale_gradients(self, optimizers: list[Any]) -> None:

@@ -41,9 +41,7 @@ def guard_inputs(engine: Any, dtype: torch.dtype, cast: bool) -> None:
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
-    return recursively_apply(
-        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values
-    )
+    return recursively_apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values)
 
 
 def _floats(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, torch.dtype]]:

@@ -91,9 +91,7 @@ class Stepper:
         if self._native:
             return
         if self._gradients.loss_scale != 1.0:
-            raise UsageError(
-                "fp16 needs its loss scaled: call accelerator.backward(loss) instead of loss.backward()"
-            )
+            raise UsageError("fp16 needs its loss scaled: call accelerator.backward(loss) instead of loss.backward()")
         self._begin_backward()
         # DeepSpeed divides the gradient of such a pass by the steps that it was configured with.
         self._count_backward(scaled=self.engine.gradient_accumulation_steps() == self.window.size)
@@ -239,7 +237,9 @@ def _backward_several(steppers: Sequence[Stepper], loss: torch.Tensor, retain_gr
         loss = loss.float() * scale
     engines = [stepper.engine for stepper in steppers]
     state = _GRAPHS.new_state()
-    hook = loss.register_hook(lambda gradient: _GRAPHS.register_current_graph(gradient, state))
+    hook = loss.register_hook(  # type: ignore[no-untyped-call]
+        lambda gradient: _GRAPHS.register_current_graph(gradient, state)
+    )
     for engine in engines:
         engine._running_engine_backward = True
     try:

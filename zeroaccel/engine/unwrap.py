@@ -24,13 +24,12 @@ def extract_model_from_parallel(
     """
     compiled = model if isinstance(model, torch._dynamo.OptimizedModule) else None
     inner: Any = model._orig_mod if compiled is not None else model
-    while isinstance(inner, _wrappers()):
+    wrappers: Any = _wrappers()
+    while isinstance(inner, wrappers):
         inner = inner.module
     if recursive:
         for name, child in inner.named_children():
-            setattr(
-                inner, name, extract_model_from_parallel(child, keep_fp32_wrapper, keep_torch_compile, True)
-            )
+            setattr(inner, name, extract_model_from_parallel(child, keep_fp32_wrapper, keep_torch_compile, True))
     if not keep_fp32_wrapper and "_original_forward" in inner.__dict__:
         inner.forward = inner.__dict__.pop("_original_forward")
     if compiled is not None and keep_torch_compile:
@@ -41,7 +40,5 @@ def extract_model_from_parallel(
 
 def _wrappers() -> tuple[type, ...]:
     parallel: tuple[type, ...] = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    engine = sys.modules.get(
-        "deepspeed.runtime.engine"
-    )  # without DeepSpeed in use there is no engine to unwrap
+    engine = sys.modules.get("deepspeed.runtime.engine")  # without DeepSpeed in use there is no engine to unwrap
     return parallel if engine is None else (*parallel, engine.DeepSpeedEngine)
