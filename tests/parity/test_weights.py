@@ -1,0 +1,110 @@
+"""Weights after 20 optimizer steps on two ranks equal those of plain PyTorch on the same global batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pool import RankPool
+from tests.parity.problem import Case, Outcome, reference, train_all
+
+STEPS = 20
+
+OFFLOADS = {
+    0: ["none"],
+    1: ["none", "cpu"],
+    2: ["none", "cpu"],
+    3: ["none", "cpu", "cpu+param", "nvme", "nvme+param"],
+}
+# Largest difference of a weight: some roundings of float32; of the 16-bit formats' 8 and 11 bits.
+TOLERANCE = {"no": 2e-6, "bf16": 3e-2, "fp16": 5e-3}
+
+
+def case(stage: int, offload: str = "none", accumulation: int = 1, **options: object) -> Case:
+    return Case(stage, offload, accumulation, micro_batches=STEPS * accumulation, **options)  # type: ignore[arg-type]
+
+
+MATRIX = [case(s, o, a) for s, offloads in OFFLOADS.items() for o in offloads for a in (1, 4)]
+PRECISIONS = [case(s, accumulation=a, precision=p) for p in ("bf16", "fp16") for s in OFFLOADS for a in (1, 4)]
+CUTS = [case(s, accumulation=4, cut=c) for s in OFFLOADS for c in ("library", "script")]
+CLIPPING = [
+    case(s, accumulation=2, config_clipping=config, call_clipping=call)
+    for s in OFFLOADS
+    for config, call in ((0, None), (0.05, None), (None, 0.05), (0.5, 0.05), (0, 0.05), (None, 1e6))
+]
+GROUPS = [case(s, o, accumulation=2, groups=True) for s, o in ((0, "none"), (1, "none"), (2, "none"), (2, "cpu"),
+                                                               (3, "none"), (3, "cpu"))]  # fmt: skip
+OPTIMIZERS = [
+    case(s, o, optimizer=name)
+    for name in ("SGD", "Adam", "Adagrad", "NAdam", "RMSprop")
+    for s, o in ((1, "none"), (2, "cpu"), (3, "none"), (3, "cpu"))
+]
+SHORT_LAST_WINDOW = [Case(s, accumulation=4, micro_batches=4 * STEPS + 3) for s in OFFLOADS]
+
+FULL = {
+    "matrix": MATRIX,
+    "precisions": PRECISIONS,
+    "cuts": CUTS,
+    "clipping": CLIPPING,
+    "groups": GROUPS,
+    "optimizers": OPTIMIZERS,
+    "short last window": SHORT_LAST_WINDOW,
+}
+SELECTED = {
+    "matrix": [case(0), case(1, "cpu"), case(2, accumulation=4), case(2, "cpu", 4), case(3, accumulation=4),
+               case(3, "cpu+param"), case(3, "nvme"), case(3, "nvme+param", 4)],
+    "precisions": [case(1, precision="bf16"), case(3, accumulation=4, precision="bf16"), case(2, precision="fp16"),
+                   case(0, precision="fp16")],
+    "cuts": [case(2, accumulation=4, cut="library"), case(2, accumulation=4, cut="script"),
+             case(3, accumulation=4, cut="library"), case(3, accumulation=4, cut="script")],
+    "clipping": [c for c in CLIPPING if c.stage == 2] + [c for c in CLIPPING if c.stage == 3][1:3],
+    "groups": GROUPS[2:5],
+    "optimizers": [c for c in OPTIMIZERS if (c.stage, c.offload) == (2, "cpu")],
+    "short last window": SHORT_LAST_WINDOW[1:],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("group", SELECTED)
+def test_selected_cases(group: str, ranks: RankPool, tmp_path: Path) -> None:
+    check(SELECTED[group], ranks, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("group", FULL)
+def test_all_cases(group: str, ranks: RankPool, tmp_path: Path) -> None:
+    check(FULL[group], ranks, tmp_path)
+
+
+def check(cases: list[Case], ranks: RankPool, folder: Path) -> None:
+    by_rank = ranks.run(train_all, cases=cases, nvme_path=str(folder), timeout=60 + 20 * len(cases))
+    problems = []
+    for index, one in enumerate(cases):
+        expected = reference(one)
+        problems += [f"{one}: {text}" for text in compare(one, expected, [outcomes[index] for outcomes in by_rank])]
+    assert not problems, "\n".join(problems)
+
+
+def compare(case: Case, expected: Outcome, outcomes: list[Outcome]) -> list[str]:
+    problems = []
+    tolerance = TOLERANCE[case.precision]
+    for rank, outcome in enumerate(outcomes):
+        if outcome.steps != expected.steps:
+            problems.append(f"rank {rank}: {outcome.steps} steps, not {expected.steps}")
+        if not (distance := outcome.distance(expected)) <= tolerance:
+            problems.append(f"rank {rank}: weights differ by {distance:.2e}")
+        if case.call_clipping is not None:
+            pairs = list(zip(outcome.norms, expected.norms, strict=True))
+            if not all(abs(got - true) <= 50 * tolerance * true for got, true in pairs):
+                problems.append(f"rank {rank}: norms {outcome.norms[:3]}, not {expected.norms[:3]}")
+    if outcomes[0].distance(outcomes[1]) != 0:
+        problems.append(f"ranks differ by {outcomes[0].distance(outcomes[1]):.2e}")
+    return problems
+
+
+def test_a_wrong_run_is_found() -> None:
+    """The comparison itself: another learning rate, one step less, or a wrong norm does not pass."""
+    right = reference(case(2, call_clipping=0.5))
+    wrong = reference(case(2, call_clipping=0.4))
+    assert not compare(case(2, call_clipping=0.5), right, [right, right])
+    assert compare(case(2, call_clipping=0.5), right, [right, wrong])
