@@ -13,7 +13,8 @@ help:  ## list the targets
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	# The CPU build of PyTorch first: DeepSpeed would pull the CUDA one.
-	$(BIN)/pip install -q torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu --retries 0 2>/dev/null \
+		|| $(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e '.[dev]'
 	touch $@
 
