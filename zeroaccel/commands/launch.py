@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.machinery
 import os
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from zeroaccel.commands.arguments import OneLineParser, add_option, boolean, number
+from zeroaccel.commands.job import Job
 from zeroaccel.config import environment
-from zeroaccel.config.types import PrecisionType
+from zeroaccel.config.document import HfDeepSpeedConfig
+from zeroaccel.config.types import DynamoBackend, PrecisionType
 from zeroaccel.errors import ConfigError
 
 DEVICES = ("none", "cpu", "nvme")
@@ -32,50 +32,6 @@ DEEPSPEED_ONLY = (
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything that the launcher needs.
-
-    Attributes:
-        script: path of the script, or name of the module.
-        script_arguments: what follows it on the command line.
-        module: whether `script` is a module's name.
-        num_processes: ranks to start on this machine.
-        address: where the ranks meet.
-        port: port that the ranks meet on; None: a free one, chosen when they start.
-        environment: variables that every rank gets on top of the launcher's own.
-    """
-
-    script: str
-    script_arguments: tuple[str, ...]
-    module: bool
-    num_processes: int
-    address: str
-    port: int | None
-    environment: dict[str, str]
-
-    def torchrun_arguments(self, log_dir: str | None = None) -> list[str]:
-        """Arguments for `torchrun`.
-
-        Args:
-            log_dir: folder for the ranks' error files.
-        """
-        arguments = ["--nnodes=1", f"--nproc_per_node={self.num_processes}", "--max_restarts=0"]
-        if self.port is None:
-            arguments += ["--standalone", f"--local_addr={self.address}"]
-        else:
-            arguments += [f"--master_addr={self.address}", f"--master_port={self.port}"]
-        if log_dir is not None:
-            arguments.append(f"--log_dir={log_dir}")
-        rank_command = ["-m", "zeroaccel.commands.launch_rank", *(["-m"] if self.module else []), self.script]
-        return arguments + rank_command + list(self.script_arguments)
-
-    def describe(self) -> str:
-        """The environment and the command as a shell would take them, one variable a line."""
-        variables = [f"{name}={shlex.quote(value)} \\" for name, value in sorted(self.environment.items())]
-        return "\n".join([*variables, shlex.join(["torchrun", *self.torchrun_arguments()])])
-
-
 def make_parser() -> OneLineParser:
     """The parser of `zeroaccel launch`. Every option that was not typed is None."""
     parser = OneLineParser(
@@ -84,10 +40,12 @@ def make_parser() -> OneLineParser:
         description="Start SCRIPT on every device of this machine. Options work with dashes, too.",
     )
     _add_hardware_options(parser)
+    _add_meeting_options(parser)
     _add_training_options(parser)
     _add_deepspeed_options(parser)
     parser.add_argument("script", metavar="SCRIPT", help="Python file, or with -m the name of a module")
-    parser.add_argument("script_arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest = parser.add_argument("script_arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    rest.required = False  # Python 3.11 names it beside SCRIPT where only SCRIPT is missing
     return parser
 
 
@@ -98,18 +56,38 @@ def _add_hardware_options(parser: OneLineParser) -> None:
         add_option(parser, group, *names, **kwargs)
 
     add("--cpu", "--use_cpu", action="store_true", help="stay on the CPU even if there are GPUs")
+    add("--multi_gpu", action="store_true", help="insist on GPUs: never fall back to the CPU")
+    add("--gpu_ids", metavar="IDS", help="GPUs to use, as in CUDA_VISIBLE_DEVICES: 0,1 (default: all)")
     add("--num_processes", type=number(int, 1), metavar="N", help="ranks (default: one a GPU; 1 on a CPU)")
+    add(
+        "--num_cpu_threads_per_process",
+        type=number(int, 1),
+        metavar="N",
+        help="OMP_NUM_THREADS of each rank (default: the cores divided by the ranks)",
+    )
+    add("-m", "--module", action="store_true", dest="module", help="SCRIPT is a module, as in `python -m`")
+    add("--debug", action="store_true", help="sets `PartialState().debug` in the script")
+    add("--dry_run", action="store_true", help="print the environment and the command, start nothing")
+    add("-q", "--quiet", action="store_true", dest="quiet", help="nothing to silence: a failure is told once anyway")
+
+
+def _add_meeting_options(parser: OneLineParser) -> None:
+    group = parser.add_argument_group("where the ranks meet")
+
+    def add(*names: str, **kwargs: object) -> None:
+        add_option(parser, group, *names, **kwargs)
+
     add("--num_machines", type=number(int, 1), metavar="N", help="machines; only 1 so far")
     add("--machine_rank", type=number(int, 0), metavar="N", help="which of the machines this is, from 0")
-    add("--main_process_ip", metavar="ADDRESS", help="where the ranks meet (default: 127.0.0.1)")
+    add("--main_process_ip", metavar="ADDRESS", help="address of rank 0 (default: 127.0.0.1)")
     add(
         "--main_process_port",
         type=number(int, 0, 65535),
         metavar="PORT",
         help="port that the ranks meet on; if it is taken, a free one (default: a free one)",
     )
-    add("-m", "--module", action="store_true", dest="module", help="SCRIPT is a module, as in `python -m`")
-    add("--dry_run", action="store_true", help="print the environment and the command, start nothing")
+    add("--rdzv_backend", choices=("static", "c10d"), help="the same on one machine: the launcher is the meeting place")
+    add("--same_network", action="store_true", help="always so on one machine")
 
 
 def _add_training_options(parser: OneLineParser) -> None:
@@ -129,6 +107,13 @@ def _add_training_options(parser: OneLineParser) -> None:
         type=number(int, 1),
         metavar="N",
         help="micro-batches an optimizer step",
+    )
+    add(
+        "--dynamo_backend",
+        type=str.upper,
+        choices=DynamoBackend.list(),
+        metavar="NAME",
+        help="compile models with this backend of torch.compile (default: no)",
     )
 
 
@@ -187,47 +172,66 @@ def typed_fields(options: argparse.Namespace) -> dict[str, object]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses what cannot start.
+    """Refuses what cannot start, whatever the machine.
 
     Raises:
-        ConfigError: a missing script, module or file, or more machines than this version can drive.
+        ConfigError: a missing script, module or DeepSpeed config, options that contradict each other, or something
+            that this version cannot do.
     """
     if (options.num_machines or 1) > 1 or (options.machine_rank or 0) > 0:
         raise ConfigError("several machines are not supported yet: leave --num_machines and --machine_rank away")
-    if options.module:
-        top = options.script.partition(".")[0]
+    if options.cpu and (options.multi_gpu or _gpu_ids(options)):
+        raise ConfigError("--cpu leaves the GPUs alone, --multi_gpu and --gpu_ids ask for some: leave one side away")
+    _check_script(options.script, bool(options.module))
+    if options.deepspeed_config_file is not None:
+        try:
+            HfDeepSpeedConfig(options.deepspeed_config_file)
+        except ConfigError as error:
+            raise ConfigError(f"--deepspeed_config_file: {error}") from None
+
+
+def _check_script(script: str, module: bool) -> None:
+    if module:
+        top = script.partition(".")[0]
         if importlib.machinery.PathFinder.find_spec(top, [os.getcwd(), *sys.path]) is None:
-            raise ConfigError(f"there is no module {options.script!r}: is it installed, or in this folder?")
-    elif os.path.isdir(options.script) and not os.path.exists(os.path.join(options.script, "__main__.py")):
-        raise ConfigError(f"{options.script!r} is a folder without a __main__.py: name the script in it")
-    elif not os.path.exists(options.script):
-        raise ConfigError(f"there is no script {options.script!r} (seen from {os.getcwd()})")
-    config_file = options.deepspeed_config_file
-    if config_file is not None and not os.path.isfile(config_file):
-        raise ConfigError(f"--deepspeed_config_file: there is no file {config_file!r}")
+            raise ConfigError(f"there is no module {script!r}: is it installed, or in this folder?")
+    elif os.path.isdir(script) and not os.path.exists(os.path.join(script, "__main__.py")):
+        raise ConfigError(f"{script!r} is a folder without a __main__.py: name the script in it")
+    elif not os.path.exists(script):
+        raise ConfigError(f"there is no script {script!r} (seen from {os.getcwd()})")
 
 
-def plan(options: argparse.Namespace) -> Job:
+def _gpu_ids(options: argparse.Namespace) -> str | None:
+    """The GPUs that were named, None for all."""
+    return None if options.gpu_ids in (None, "all") else str(options.gpu_ids)
+
+
+def plan(options: argparse.Namespace, devices: int) -> Job:
     """The job that the options describe.
 
-    Raises:
-        ConfigError: see `check`; or more ranks than GPUs.
-    """
-    check(options)
-    num_processes = options.num_processes or 1
-    if not options.cpu:
-        from zeroaccel.commands.launch_elastic import device_count
+    Args:
+        options: what `parse` read.
+        devices: GPUs that the ranks will see; 0 to stay on the CPU.
 
-        devices = device_count()
-        num_processes = options.num_processes or max(devices, 1)
-        if 0 < devices < num_processes:
-            raise ConfigError(
-                f"--num_processes {num_processes}, but {devices} GPU(s) are visible:"
-                f" ask for at most {devices}, or add --cpu"
-            )
+    Raises:
+        ConfigError: more ranks than GPUs, or none where they were asked for.
+    """
+    gpu_ids = _gpu_ids(options)
+    if devices == 0 and (options.multi_gpu or gpu_ids):
+        asked = f"--gpu_ids {gpu_ids}" if gpu_ids else "--multi_gpu"
+        raise ConfigError(f"{asked}, but no GPU is visible: leave it away to train on the CPU")
+    named = len(gpu_ids.split(",")) if gpu_ids else devices
+    num_processes = options.num_processes or max(named, 1)
+    if 0 < devices < num_processes:
+        raise ConfigError(
+            f"{num_processes} ranks, but {devices} GPU(s) are visible: ask for --num_processes {devices}, or add --cpu"
+        )
     variables = environment.exports(typed_fields(options))
-    if "OMP_NUM_THREADS" not in os.environ:
-        variables["OMP_NUM_THREADS"] = str(max(1, _cores() // num_processes))
+    if options.num_cpu_threads_per_process or "OMP_NUM_THREADS" not in os.environ:
+        threads = options.num_cpu_threads_per_process or max(1, _cores() // num_processes)
+        variables["OMP_NUM_THREADS"] = str(threads)
+    if gpu_ids:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu_ids
     return Job(
         script=options.script,
         script_arguments=tuple(options.script_arguments),
@@ -244,10 +248,21 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _count_devices(options: argparse.Namespace) -> int:
+    if options.cpu:
+        return 0
+    if gpu_ids := _gpu_ids(options):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids  # before torch counts
+    from zeroaccel.commands import launch_elastic
+
+    return launch_elastic.device_count()
+
+
 def run(argv: Sequence[str]) -> int:
     """Runs `zeroaccel launch`; returns the exit status of the rank that failed first, or 0."""
     options = parse(argv)
-    job = plan(options)
+    check(options)
+    job = plan(options, _count_devices(options))
     if options.dry_run:
         print(job.describe())
         return 0

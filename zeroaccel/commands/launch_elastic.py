@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-if TYPE_CHECKING:
-    from zeroaccel.commands.launch import Job
+from zeroaccel.commands.job import Job
 
-# A rank that dies of these did not end because another one did, whatever the other one's traceback says.
-_SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+# Signals that other ranks' ends bring about: the launcher's own, and the abort of a communication library.
+_CONSEQUENCES = (signal.SIGTERM, signal.SIGINT, signal.SIGABRT)
 
 
 def device_count() -> int:
@@ -48,7 +44,7 @@ def run(job: Job) -> int:
         try:
             torchrun.run(torchrun.parse_args(job.torchrun_arguments(log_dir)))  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
-            return _explain(error, Path(log_dir), job.num_processes)
+            return explain(error, job.num_processes)
         except SignalException as stop:
             print(f"zeroaccel launch: {stop.sigval.name}, all ranks were ended", file=sys.stderr)
             return 128 + stop.sigval.value
@@ -77,21 +73,18 @@ def _is_taken(address: str, port: int) -> bool:
 @dataclasses.dataclass(frozen=True)
 class _Failure:
     rank: int
-    pid: int
     status: int  # as the shell counts: 128 + signal
     text: str
-    sudden: bool
-    time_ns: int
+    time_ns: int  # 0: a sudden end, which no other rank's end brings about
+    ended_by_launcher: bool = False
 
 
-def _explain(error: ChildFailedError, log_dir: Path, num_processes: int) -> int:
+def explain(error: ChildFailedError, num_processes: int) -> int:
     """Says on stderr which rank failed first and how; returns its exit status."""
     failures = sorted(
-        (_read(rank, failure, log_dir) for rank, failure in error.failures.items()),
-        key=lambda failure: (not failure.sudden, failure.time_ns),
+        (_read(rank, failure) for rank, failure in error.failures.items()), key=lambda failure: failure.time_ns
     )
-    # Ranks that the launcher ended on account of the others carry no news.
-    told = [failure for failure in failures if failure.status != 128 + signal.SIGTERM] or failures
+    told = [failure for failure in failures if not failure.ended_by_launcher] or failures
     first, *later = told
     print(f"zeroaccel launch: rank {first.rank} of {num_processes} failed first: {first.text}", file=sys.stderr)
     for failure in later:
@@ -99,14 +92,15 @@ def _explain(error: ChildFailedError, log_dir: Path, num_processes: int) -> int:
     return first.status
 
 
-def _read(rank: int, failure: Any, log_dir: Path) -> _Failure:
-    status = 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
-    for path in log_dir.glob(f"*/attempt_*/{failure.local_rank}/error.json"):
-        report = json.loads(path.read_text())
-        text = f"{report['message']['message']} (exit status {status})"
-        return _Failure(rank, failure.pid, status, text, False, report["time_ns"])
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        sudden = -failure.exitcode in _SUDDEN
-        return _Failure(rank, failure.pid, status, f"killed by {name} (pid {failure.pid})", sudden, sys.maxsize)
-    return _Failure(rank, failure.pid, status, f"it ended with exit status {status}", False, sys.maxsize)
+def _read(rank: int, failure: ProcessFailure) -> _Failure:
+    report = failure.error_file_data
+    if "time_ns" in report:  # its own account, even if the launcher ended it before it was through
+        status = report["status"]
+        return _Failure(rank, status, f"{report['message']['message']} (exit status {status})", report["time_ns"])
+    if failure.exitcode > 0:
+        status = failure.exitcode
+        return _Failure(rank, status, f"it ended with exit status {status} and no exception", 0)
+    number = -failure.exitcode
+    text = f"killed by {failure.signal_name()} (pid {failure.pid})"
+    time_ns = sys.maxsize if number in _CONSEQUENCES else 0
+    return _Failure(rank, 128 + number, text, time_ns, ended_by_launcher=number == signal.SIGTERM)

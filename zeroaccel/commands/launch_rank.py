@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             runpy.run_path(path, run_name="__main__")
     except SystemExit as stop:
         if stop.code not in (None, 0):
-            _note(f"sys.exit({stop.code!r})", "")
+            _note(f"sys.exit({stop.code!r})", "", stop.code if isinstance(stop.code, int) else 1)
         raise
 
 
@@ -46,8 +46,6 @@ def _die_with_launcher() -> None:
     """A launcher killed with SIGKILL cannot end its ranks: let the kernel do it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() == 1 and os.environ.get("LOCAL_RANK"):  # it died before this line
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -55,20 +53,21 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
         trace = trace.tb_next
     text = "".join(traceback.format_exception(kind, error, trace))
     summary = traceback.format_exception_only(kind, error)[-1].strip().splitlines()[0][:200]
-    first = _note(summary, text)
+    first = _note(summary, text, status=1)
     if first and not issubclass(kind, KeyboardInterrupt):  # Ctrl-C: the launcher says so
         sys.stderr.write(text)  # torch puts "[rank1]: " before each line once there is a process group
         sys.stderr.flush()
 
 
-def _note(summary: str, text: str) -> bool:
+def _note(summary: str, text: str, status: int) -> bool:
     """Writes this rank's error file; says whether no rank of this node did so before."""
     path = os.environ["TORCHELASTIC_ERROR_FILE"]
     now = time.time_ns()
     details = {"py_callstack": text, "timestamp": str(now // 10**9)}
-    report = {"message": {"message": summary, "extraInfo": details}, "time_ns": now}
-    with open(path, "w") as file:
+    report = {"message": {"message": summary, "extraInfo": details}, "time_ns": now, "status": status}
+    with open(f"{path}.part", "w") as file:
         json.dump(report, file)
+    os.replace(file.name, path)  # the launcher ends this rank at any moment, and cannot read half a file
     try:
         claim = os.path.join(os.path.dirname(os.path.dirname(path)), "first_failure")
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
