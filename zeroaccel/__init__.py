@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from zeroaccel.config.options import GradScalerKwargs as GradScalerKwargs
     from zeroaccel.config.options import InitProcessGroupKwargs as InitProcessGroupKwargs
     from zeroaccel.config.options import ProfileKwargs as ProfileKwargs
+    from zeroaccel.config.packages import is_rich_available as is_rich_available
     from zeroaccel.config.plugin import DeepSpeedPlugin as DeepSpeedPlugin
     from zeroaccel.config.types import DDPCommunicationHookType as DDPCommunicationHookType
     from zeroaccel.config.types import DistributedType as DistributedType
     from zeroaccel.data_loader import skip_first_batches as skip_first_batches
     from zeroaccel.distributed.random import synchronize_rng_states as synchronize_rng_states
+    from zeroaccel.engine.memory import find_executable_batch_size as find_executable_batch_size
+    from zeroaccel.launchers import debug_launcher as debug_launcher
+    from zeroaccel.launchers import notebook_launcher as notebook_launcher
     from zeroaccel.state import PartialState as PartialState
 
 __getattr__, __all__ = reexport(
@@ -35,10 +39,24 @@ __getattr__, __all__ = reexport(
             "InitProcessGroupKwargs",
             "ProfileKwargs",
         ],
+        "zeroaccel.config.packages": ["is_rich_available"],
         "zeroaccel.config.plugin": ["DeepSpeedPlugin"],
         "zeroaccel.config.types": ["DDPCommunicationHookType", "DistributedType"],
         "zeroaccel.data_loader": ["skip_first_batches"],
         "zeroaccel.distributed.random": ["synchronize_rng_states"],
+        "zeroaccel.engine.memory": ["find_executable_batch_size"],
+        "zeroaccel.launchers": ["debug_launcher", "notebook_launcher"],
         "zeroaccel.state": ["PartialState"],
     },
+    submodules=[
+        "accelerator",
+        "commands",
+        "data_loader",
+        "launchers",
+        "logging",
+        "optimizer",
+        "scheduler",
+        "state",
+        "utils",
+    ],
 )

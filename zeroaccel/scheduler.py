@@ -1,0 +1,14 @@
+"""The prepared scheduler, where `accelerate.scheduler` has it."""
+
+from __future__ import annotations
+
+from zeroaccel.lazy import reexport
+
+__getattr__, __all__ = reexport(
+    __name__,
+    {
+        "zeroaccel.engine.scheduler": [
+            "AcceleratedScheduler",
+        ],
+    },
+)

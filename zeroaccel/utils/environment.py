@@ -1,0 +1,28 @@
+"""Environment variables and devices, as in `accelerate.utils.environment`."""
+
+from __future__ import annotations
+
+from zeroaccel.lazy import reexport
+
+__getattr__, __all__ = reexport(
+    __name__,
+    {
+        "zeroaccel.config.env_patch": [
+            "clear_environment",
+            "get_int_from_env",
+            "parse_choice_from_env",
+            "parse_flag_from_env",
+            "patch_environment",
+            "purge_accelerate_environment",
+            "purge_zeroaccel_environment",
+            "str_to_bool",
+        ],
+        "zeroaccel.config.packages": [
+            "are_libraries_initialized",
+        ],
+        "zeroaccel.engine.machine": [
+            "check_cuda_fp8_capability",
+            "get_current_device_type",
+        ],
+    },
+)

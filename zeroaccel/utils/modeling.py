@@ -1,0 +1,23 @@
+"""Questions about modules and tensors, as in `accelerate.utils.modeling`."""
+
+from __future__ import annotations
+
+from zeroaccel.lazy import reexport
+
+__getattr__, __all__ = reexport(
+    __name__,
+    {
+        "zeroaccel.config.generic": [
+            "convert_file_size_to_int",
+        ],
+        "zeroaccel.engine.modules": [
+            "dtype_byte_size",
+            "find_tied_parameters",
+            "get_non_persistent_buffers",
+            "id_tensor_storage",
+            "is_peft_model",
+            "named_module_tensors",
+            "retie_parameters",
+        ],
+    },
+)

@@ -1,0 +1,35 @@
+"""What `accelerate.utils.other` has for scripts."""
+
+from __future__ import annotations
+
+from zeroaccel.lazy import reexport
+
+__getattr__, __all__ = reexport(
+    __name__,
+    {
+        "zeroaccel.config.generic": [
+            "convert_bytes",
+            "get_pretty_name",
+            "merge_dicts",
+            "recursive_getattr",
+        ],
+        "zeroaccel.distributed.process": [
+            "wait_for_everyone",
+        ],
+        "zeroaccel.engine.machine": [
+            "check_os_kernel",
+        ],
+        "zeroaccel.engine.modules": [
+            "get_module_children_bottom_up",
+            "has_compiled_regions",
+            "is_compiled_module",
+        ],
+        "zeroaccel.engine.unwrap": [
+            "extract_model_from_parallel",
+        ],
+        "zeroaccel.launchers": [
+            "get_free_port",
+            "is_port_in_use",
+        ],
+    },
+)
