@@ -1,4 +1,4 @@
-"""Builds the C++ ops of DeepSpeed that offload needs, once, so that no training or test waits for a compiler.
+"""Builds the C++ ops that DeepSpeed uses on CPU ranks, once, so that no training or test waits for a compiler.
 
 A build that was killed leaves a lock file, and every later process waits for it in silence: it is removed first.
 Usage: python scripts/build_ops.py
@@ -14,6 +14,9 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import _get_build_directory
 
+# Collectives in shared memory; the optimizers of configurations, with and without offload; NVMe.
+OPS = ("ShareMemCommBuilder", "CPUAdamBuilder", "CPUAdagradBuilder", "FusedAdamBuilder", "AsyncIOBuilder")
+
 
 def main() -> int:
     """Exit status 1 if an op cannot be built, with the reason."""
@@ -21,9 +24,10 @@ def main() -> int:
     if shutil.which("ninja") is None or shutil.which("g++") is None:
         print("DeepSpeed's ops need a C++ compiler and ninja: apt install g++; pip install ninja", file=sys.stderr)
         return 1
-    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdagradBuilder, CPUAdamBuilder
+    from deepspeed.accelerator import get_accelerator
 
-    for builder in (CPUAdamBuilder(), CPUAdagradBuilder(), AsyncIOBuilder()):
+    for op in OPS:
+        builder = get_accelerator().create_op_builder(op)
         if not builder.is_compatible(verbose=True):
             package = "apt install libaio-dev" if builder.NAME == "async_io" else "see the lines above"
             print(f"{builder.NAME} cannot be built here: {package}", file=sys.stderr)

@@ -39,7 +39,7 @@ from zeroaccel.errors import ConfigError, ConfigTypeError, UnsupportedError
 from zeroaccel.state import AcceleratorState, GradientState, PartialState
 
 if TYPE_CHECKING:
-    from zeroaccel.config.auto import ResolvedConfig
+    from zeroaccel.config.facts import ResolvedConfig
 
 Plugins = DeepSpeedPlugin | dict[str, DeepSpeedPlugin]
 
@@ -79,6 +79,12 @@ def _choose_plugins(given: Plugins | None) -> tuple[Plugins | None, bool]:
     return None, False
 
 
+def _checked_precision(mixed_precision: PrecisionType | str | None) -> str | None:
+    if mixed_precision is not None and str(mixed_precision) not in PrecisionType:
+        raise ConfigError(f"mixed_precision={mixed_precision!r} is unknown: choose from {PrecisionType.list()}")
+    return None if mixed_precision is None else str(mixed_precision)
+
+
 def _sort_handlers(handlers: list[KwargsHandler] | None) -> dict[type, KwargsHandler]:
     found: dict[type, KwargsHandler] = {}
     for handler in handlers or []:
@@ -88,6 +94,10 @@ def _sort_handlers(handlers: list[KwargsHandler] | None) -> dict[type, KwargsHan
             raise ConfigError(f"kwargs_handlers holds two {type(handler).__name__}: pass one")
         found[type(handler)] = handler
     return found
+
+
+def _options_of(handler: Any) -> dict[str, Any]:
+    return {} if handler is None else handler.to_kwargs()
 
 
 def _accumulation_plugin(
@@ -175,7 +185,7 @@ class Accelerator:
         self.rng_types = ["generator"] if rng_types is None else rng_types
         self.log_with = log_with
         self._reset_loop()
-        self._make_backend(typed, implicit)
+        self._backend = make_backend(self._setup(typed, implicit), self.state, self.gradient_state)
 
     # --- construction -------------------------------------------------------------------------------------------
 
@@ -201,17 +211,15 @@ class Accelerator:
         dynamo_backend: str | None,
         dynamo_plugin: TorchDynamoPlugin | None,
     ) -> None:
-        if mixed_precision is not None and str(mixed_precision) not in PrecisionType:
-            raise ConfigError(f"mixed_precision={mixed_precision!r} is unknown: choose from {PrecisionType.list()}")
         if dynamo_backend is not None and dynamo_plugin is not None:
             raise ConfigError("dynamo_backend and dynamo_plugin were both passed: pass one of them")
         self.state = AcceleratorState(
-            mixed_precision=None if mixed_precision is None else str(mixed_precision),
+            mixed_precision=_checked_precision(mixed_precision),
             cpu=cpu,
             dynamo_plugin=dynamo_plugin or TorchDynamoPlugin(backend=dynamo_backend),
             deepspeed_plugin=plugins,
             _from_accelerator=True,
-            **(self.init_handler.to_kwargs() if self.init_handler else {}),
+            **_options_of(self.init_handler),
         )
 
     def _adopt_plugin_accumulation(self) -> None:
@@ -228,24 +236,30 @@ class Accelerator:
         self._schedulers: list[Any] = []
         self._dataloaders: list[Any] = []
         self._custom_objects: list[Any] = []
-        self.deepspeed_engine_wrapped: DeepSpeedEngineWrapper | None = None
 
-    def _make_backend(self, accumulation_typed: bool, implicit_plugin: bool) -> None:
-        setup = Setup(
+    def _setup(self, accumulation_typed: bool, implicit_plugin: bool) -> Setup:
+        return Setup(
             prepare_loader=self.prepare_data_loader,
             device_placement=self.device_placement,
             split_batches=self.split_batches,
             step_scheduler_with_optimizer=self.step_scheduler_with_optimizer,
             accumulation_typed=accumulation_typed,
             implicit_plugin=implicit_plugin,
-            scaler_options=self.scaler_handler.to_kwargs() if self.scaler_handler else None,
-            autocast_options=self.autocast_handler.to_kwargs() if self.autocast_handler else None,
+            scaler_options=_options_of(self.scaler_handler),
+            autocast_options=_options_of(self.autocast_handler),
         )
-        self._backend = make_backend(setup, self.state, self.gradient_state)
-        self.scaler = self._backend.scaler
-        self.native_amp = self.deepspeed_plugin is None and self.mixed_precision != PrecisionType.NO
 
     # --- what this process is -----------------------------------------------------------------------------------
+
+    @property
+    def scaler(self) -> Any:
+        """Gradient scaler of fp16 without DeepSpeed, else None."""
+        return self._backend.scaler
+
+    @property
+    def native_amp(self) -> bool:
+        """Whether mixed precision is PyTorch's autocast, as it is without DeepSpeed."""
+        return self.deepspeed_plugin is None and self.mixed_precision != PrecisionType.NO
 
     @property
     def device(self) -> torch.device:
@@ -431,17 +445,21 @@ class Accelerator:
     def _register(self, value: Any) -> None:
         if not getattr(value, "_is_accelerate_prepared", False):
             return
-        kinds: list[tuple[type, list[Any]]] = [
+        for kind, known in (
             (torch.nn.Module, self._models),
             (AcceleratedOptimizer, self._optimizers),
             (AcceleratedScheduler, self._schedulers),
             (DataLoader, self._dataloaders),
-        ]
-        for kind, known in kinds:
+        ):
             if isinstance(value, kind) and not any(value is other for other in known):
                 known.append(value)
-        if self.deepspeed_plugin is not None and isinstance(value, torch.nn.Module):
-            self.deepspeed_engine_wrapped = self.deepspeed_engine_wrapped or DeepSpeedEngineWrapper(value)
+
+    @property
+    def deepspeed_engine_wrapped(self) -> DeepSpeedEngineWrapper | None:
+        """The first engine with its loop's methods; None without DeepSpeed or before `prepare()`."""
+        if self.deepspeed_plugin is None or not self._models:
+            return None
+        return DeepSpeedEngineWrapper(self._models[0])
 
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -479,23 +497,9 @@ class Accelerator:
         """
         if getattr(data_loader, "_is_accelerate_prepared", False):
             return data_loader
-        config = self.dataloader_config
-        prepared = prepare_data_loader(
-            data_loader,
-            self.device,
-            num_processes=self.num_processes,
-            process_index=self.process_index,
-            split_batches=config.split_batches,
-            put_on_device=self.device_placement if device_placement is None else device_placement,
-            rng_types=list(self.rng_types),
-            dispatch_batches=config.dispatch_batches,
-            even_batches=config.even_batches,
-            slice_fn_for_dispatch=slice_fn_for_dispatch,
-            use_seedable_sampler=config.use_seedable_sampler,
-            data_seed=config.data_seed,
-            non_blocking=config.non_blocking,
-            use_stateful_dataloader=config.use_stateful_dataloader,
-        )
+        placed = self.device_placement if device_placement is None else device_placement
+        shared = {"put_on_device": placed, "rng_types": list(self.rng_types), **vars(self.dataloader_config)}
+        prepared = prepare_data_loader(data_loader, self.device, slice_fn_for_dispatch=slice_fn_for_dispatch, **shared)
         self._register(mark_prepared(prepared))
         return prepared
 

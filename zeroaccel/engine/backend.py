@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
 
 from zeroaccel.config import environment
-from zeroaccel.config.auto import ResolvedConfig
+from zeroaccel.config.facts import ResolvedConfig
 from zeroaccel.state import AcceleratorState, GradientState
 
 
@@ -36,8 +36,8 @@ class Setup:
     step_scheduler_with_optimizer: bool = True
     accumulation_typed: bool = False
     implicit_plugin: bool = False
-    scaler_options: dict[str, Any] | None = None
-    autocast_options: dict[str, Any] | None = None
+    scaler_options: dict[str, Any] = field(default_factory=dict)
+    autocast_options: dict[str, Any] = field(default_factory=dict)
 
 
 class Backend(Protocol):

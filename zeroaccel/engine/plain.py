@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zeroaccel.config.auto import ResolvedConfig
+from zeroaccel.config.facts import ResolvedConfig
 from zeroaccel.distributed.operations import convert_outputs_to_fp32
 from zeroaccel.engine.arguments import Kind, distinct, kind_of, mark_prepared, refuse_device_map, replace
 from zeroaccel.engine.backend import Setup
@@ -61,8 +61,9 @@ class PlainBackend:
             forward = model.forward
             model._original_forward = forward  # type: ignore[assignment]
             model.forward = convert_outputs_to_fp32(self._autocasting(forward))
-        mark_prepared(model)
-        return model
+        compiling = self._state.dynamo_plugin.compile_options()
+        compiled = model if compiling is None else torch.compile(model, **compiling)
+        return mark_prepared(compiled)  # type: ignore[no-any-return]
 
     def _autocasting(self, forward: Any) -> Any:
         def autocast_forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,137 @@
+"""What the loop costs: zeroaccel and Accelerate against raw DeepSpeed, in one process, interleaved.
+
+Every block times some steps of each contestant in turn, so that whatever else the machine does hits all of them.
+Usage: python benchmarks/loop.py [--stages 0 1 2 3] [--blocks 40] [--steps 10] [--hidden 256] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+BATCH = 16
+
+
+def make_model(hidden: int) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden))]
+    return nn.Sequential(*layers)
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+def config_of(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+
+
+def raw_deepspeed(stage: int, hidden: int) -> tuple[Any, Callable[[torch.Tensor], None]]:
+    import deepspeed
+
+    model = make_model(hidden)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config_of(stage))
+
+    def step(x: torch.Tensor) -> None:
+        engine.backward(engine(x).square().mean())
+        engine.step()
+
+    return engine, step
+
+
+def with_library(name: str, stage: int, hidden: int, cpu: bool) -> tuple[Any, Callable[[torch.Tensor], None]]:
+    """`zeroaccel` or `accelerate`: the same lines, another import."""
+    library = __import__(name)
+    # Accelerate leaves DeepSpeed out where it is told to stay on the CPU.
+    options = {"cpu": cpu} if name == "zeroaccel" else {}
+    accelerator = library.Accelerator(
+        deepspeed_plugin=library.DeepSpeedPlugin(hf_ds_config=config_of(stage)), **options
+    )
+    model = make_model(hidden)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+
+    def step(x: torch.Tensor) -> None:
+        accelerator.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def reset() -> None:
+    """Both libraries keep their configuration for a process; every stage needs a new one."""
+    from accelerate.state import AcceleratorState as TheirState
+    from accelerate.state import GradientState as TheirGradients
+
+    from zeroaccel.state import AcceleratorState, GradientState
+
+    TheirState._reset_state(True)
+    TheirGradients._reset_state()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def measure(stage: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds a step of raw DeepSpeed, and the other two as ratios to it; medians over the blocks."""
+    reset()
+    cpu = arguments.device == "cpu"
+    ours = with_library("zeroaccel", stage, arguments.hidden, cpu)
+    theirs = with_library("accelerate", stage, arguments.hidden, cpu)
+    contestants = {"raw": raw_deepspeed(stage, arguments.hidden), "zeroaccel": ours, "accelerate": theirs}
+    device = contestants["raw"][0].device
+    x = torch.randn(BATCH, arguments.hidden, device=device)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for block in range(-3, arguments.blocks):  # the first three warm up
+        order = sorted(contestants, key=lambda name: (list(contestants).index(name) + block) % len(contestants))
+        for name in order:
+            _, step = contestants[name]
+            begin = time.perf_counter()
+            for _ in range(arguments.steps):
+                step(x)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if block >= 0:
+                times[name].append((time.perf_counter() - begin) / arguments.steps * 1000)
+    ratios = {
+        name: statistics.median(own / raw for own, raw in zip(times[name], times["raw"], strict=True))
+        for name in ("zeroaccel", "accelerate")
+    }
+    for engine, _ in contestants.values():
+        engine.destroy()
+    return {"raw ms": statistics.median(times["raw"]), **ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(1)
+    print("| stage | raw DeepSpeed, ms a step | zeroaccel / raw | Accelerate / raw |\n|---|---|---|---|")
+    for stage in arguments.stages:
+        result = measure(stage, arguments)
+        print(
+            f"| {stage} | {result['raw ms']:.2f} | {result['zeroaccel']:.3f} | {result['accelerate']:.3f} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
