@@ -26,6 +26,7 @@ from zeroaccel.config.options import (
     TorchDynamoPlugin,
 )
 from zeroaccel.config.plugin import DeepSpeedPlugin
+from zeroaccel.config.precedence import Level, Said, settle, warn_losers
 from zeroaccel.config.types import DistributedType, PrecisionType
 from zeroaccel.data_loader import prepare_data_loader, skip_first_batches
 from zeroaccel.distributed import operations
@@ -109,10 +110,21 @@ def _accumulation_plugin(
             f"gradient_accumulation_steps={steps} and a gradient_accumulation_plugin were both passed: pass one of them"
         )
     typed = plugin is not None or steps != 1
-    if plugin is None:
-        launched = environment.text("GRADIENT_ACCUMULATION_STEPS")
-        plugin = GradientAccumulationPlugin(num_steps=int(launched) if launched and launched != "auto" else steps)
-    return plugin, typed
+    return plugin or GradientAccumulationPlugin(num_steps=steps), typed
+
+
+def _held_accumulation(steps: int, typed: bool, plugin: DeepSpeedPlugin | None) -> int:
+    """The script's number, unless the DeepSpeed plugin has one, or without that the launcher: then it is named."""
+    key = "gradient_accumulation_steps"
+    said = [Said(steps, Level.ACCELERATOR if typed else Level.RULE, "Accelerator")]
+    setting = environment.lookup(environment.FIELDS[key])
+    if plugin is not None and isinstance(plugin.gradient_accumulation_steps, int):
+        said.append(Said(plugin.gradient_accumulation_steps, Level.PLUGIN, plugin.source_of(key)))
+    elif setting is not None and setting.value != "auto":
+        said.append(Said(int(setting.value), Level.LAUNCHER, setting.variable))
+    held, losers = settle(key, said)
+    warn_losers(losers)
+    return int(held.value)
 
 
 class Accelerator:
@@ -176,7 +188,9 @@ class Accelerator:
         self._make_state(mixed_precision, cpu, plugins, dynamo_backend, dynamo_plugin)
         accumulation, typed = _accumulation_plugin(gradient_accumulation_steps, gradient_accumulation_plugin)
         self.gradient_state = GradientState(gradient_accumulation_plugin=accumulation)
-        self._adopt_plugin_accumulation()
+        self.gradient_accumulation_steps = _held_accumulation(
+            self.gradient_accumulation_steps, typed, self.deepspeed_plugin
+        )
         self.device_placement = device_placement
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
         if split_batches:
@@ -221,11 +235,6 @@ class Accelerator:
             _from_accelerator=True,
             **_options_of(self.init_handler),
         )
-
-    def _adopt_plugin_accumulation(self) -> None:
-        plugin = self.deepspeed_plugin
-        if plugin is not None and isinstance(plugin.gradient_accumulation_steps, int):
-            self.gradient_accumulation_steps = plugin.gradient_accumulation_steps
 
     def _reset_loop(self) -> None:
         self.step = 0
@@ -496,6 +505,7 @@ class Accelerator:
             slice_fn_for_dispatch: how rank 0 cuts a batch for the others, with `dispatch_batches`.
         """
         if getattr(data_loader, "_is_accelerate_prepared", False):
+            self._register(data_loader)
             return data_loader
         placed = self.device_placement if device_placement is None else device_placement
         shared = {"put_on_device": placed, "rng_types": list(self.rng_types), **vars(self.dataloader_config)}
@@ -616,7 +626,7 @@ class Accelerator:
         return operations.gather_for_metrics(input_data, self.gradient_state, use_gather_object)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Sum or mean over the ranks, times `scale`."""
+        """Sum, mean or max over the ranks, element by element; `scale` is accepted and has no effect, as off TPUs."""
         return operations.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:

@@ -61,10 +61,9 @@ class MultiProcessAdapter(logging.LoggerAdapter[logging.Logger]):
             )
         main_process_only = kwargs.pop("main_process_only", True)
         in_order = kwargs.pop("in_order", False)
-        if not self.isEnabledFor(level):
-            return
         text, options = self.process(msg, kwargs)
         if in_order:
+            # Whatever the level: it may differ over the ranks, and all of them must come to each barrier.
             for rank in range(ranks.num_processes):
                 if rank == ranks.process_index:
                     self.logger.log(level, text, *args, **options)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from zeroaccel.data_loader.sharding import IterableDatasetShard
 from zeroaccel.distributed.nested import (
     concatenate,
     find_batch_size,
@@ -21,10 +23,20 @@ from zeroaccel.distributed.nested import (
 )
 from zeroaccel.distributed.operations import broadcast, broadcast_object_list
 from zeroaccel.distributed.random import synchronize_rng_states
-from zeroaccel.errors import ConfigError
+from zeroaccel.errors import ConfigError, DistributedError
 from zeroaccel.state import GradientState, PartialState
 
 END = object()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Stands for the batch that rank 0 could not read."""
+
+    problem: Exception
+
+    def __str__(self) -> str:
+        return f"{type(self.problem).__name__}: {self.problem}"
 
 
 class DataLoaderStateMixin:
@@ -32,7 +44,7 @@ class DataLoaderStateMixin:
 
     Attributes:
         end_of_dataloader: whether the current batch is the last.
-        remainder: real samples in the last global batch, 0 if it is full, -1 if nothing can be said.
+        remainder: real samples in the last global batch, 0 (or its size) if it is full, -1 if nothing can be said.
         iteration: number of the epoch.
     """
 
@@ -100,38 +112,47 @@ class _Prepared(DataLoaderStateMixin, DataLoader[Any]):
         return get_sampler(self)
 
     def set_sampler(self, sampler: Any) -> None:
-        """Replaces the sampler of single indices."""
-        holder = self.sampler if isinstance(self.sampler, BatchSampler) else self.batch_sampler
-        while (inner := getattr(holder, "batch_sampler", None)) is not None:
-            holder = inner
-        holder.sampler = sampler  # type: ignore[union-attr]
+        """Replaces the sampler of single indices.
+
+        Raises:
+            ConfigError: a batch sampler decides alone.
+        """
+        if get_sampler(self) is None:
+            raise ConfigError(
+                f"{type(outer_sampler(self)).__name__} draws indices without a sampler: replace it as well"
+            )
+        *_, holder, _ = [self, *samplers_of(self)]
+        # A DataLoader refuses an assignment, but reads its sampler anew at each epoch.
+        vars(holder)["sampler" if "sampler" in vars(holder) else "batch_sampler"] = sampler
 
     @property
     def total_dataset_length(self) -> int:
         """Samples of all ranks in an epoch."""
-        dataset: Any = self.dataset
-        if hasattr(dataset, "total_length"):
-            return int(dataset.total_length)
-        return len(getattr(dataset, "dataset", dataset) if _is_shard(dataset) else dataset)
+        dataset: Any = self.dataset.dataset if isinstance(self.dataset, IterableDatasetShard) else self.dataset
+        return int(dataset.total_length) if hasattr(dataset, "total_length") else len(dataset)
 
 
-def _is_shard(dataset: Any) -> bool:
-    return hasattr(dataset, "num_processes") and hasattr(dataset, "process_index")
+def outer_sampler(loader: Any) -> Any:
+    """What a map-style loader draws from: its batch sampler, or with `batch_size=None` its sampler."""
+    if isinstance(loader.sampler, BatchSampler) or loader.batch_sampler is None:
+        return loader.sampler
+    return loader.batch_sampler
 
 
 def samplers_of(loader: Any) -> list[Any]:
     """Batch sampler and samplers of a loader, from the outside in."""
-    found, holder = [], loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    found, holder = [], outer_sampler(loader)
     while holder is not None:
         found.append(holder)
-        holder = holder.__dict__.get("batch_sampler", holder.__dict__.get("sampler"))
+        inside = getattr(holder, "__dict__", {})  # a list of indices has none
+        holder = inside.get("batch_sampler", inside.get("sampler"))
     return found
 
 
 def get_sampler(dataloader: Any) -> Any:
     """The sampler of single indices of any loader, None where it has none."""
-    found = samplers_of(dataloader)
-    return found[-1] if len(found) > 1 else None
+    innermost = samplers_of(dataloader)[-1]
+    return None if innermost is dataloader.batch_sampler else innermost
 
 
 class DataLoaderShard(_Prepared):
@@ -174,28 +195,40 @@ class DataLoaderShard(_Prepared):
         yield from self._publish(self._batches(super().__iter__()))
 
     def _batches(self, source: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        for _ in range(self.skip_batches):
-            next(source, END)
-        current = next(source, END)
+        current = next(islice(source, self.skip_batches, None), END)
         while current is not END:
             # Moved before the next one is fetched, so that copy and fetch overlap.
             if self.device is not None:
                 current = send_to_device(current, self.device, non_blocking=self._non_blocking)
             following = next(source, END)
+            if following is END:
+                self._measure_remainder()
             yield current, following is END
             current = following
+
+    def __len__(self) -> int:
+        return max(0, super().__len__() - self.skip_batches)
+
+    @property
+    def _shard(self) -> Any:
+        """What gives this rank its part; None where an iterable dataset is read whole."""
+        if isinstance(self.dataset, IterableDataset):
+            return self.dataset if isinstance(self.dataset, IterableDatasetShard) else None
+        return outer_sampler(self)
+
+    def _measure_remainder(self) -> None:
+        """The shard counted; the length of the dataset is a guess where a sampler draws fewer samples, or more."""
+        counted = getattr(self._shard, "remainder", -1)
+        workers_fill = isinstance(self.dataset, IterableDatasetShard) and self.num_workers > 1  # each one its part
+        if counted >= 0 or workers_fill:
+            self.remainder = counted
 
     @property
     def total_batch_size(self) -> int:
         """Samples of all ranks in a batch."""
-        sampler: Any = self.sampler if isinstance(self.sampler, BatchSampler) else self.batch_sampler
-        holder = sampler if sampler is not None else self.dataset
-        size: Any = getattr(holder, "batch_size", None)
-        if size is None and sampler is None:
-            size = self.batch_size
-        if getattr(holder, "split_batches", False):
-            return int(size)
-        return int(size * getattr(holder, "num_processes", 1))
+        size: Any = getattr(self._shard, "batch_size", None) or self.batch_size
+        split = getattr(self._shard, "split_batches", False)
+        return int(size if split else size * getattr(self._shard, "num_processes", 1))
 
 
 class DataLoaderDispatcher(_Prepared):
@@ -232,17 +265,21 @@ class DataLoaderDispatcher(_Prepared):
 
     def __iter__(self) -> Any:
         self.set_epoch(self.iteration)
-        source = self._global_batches(super().__iter__()) if self.state.process_index == 0 else None
+        source = self._global_batches(super().__iter__()) if self.state.process_index == 0 else iter(())
         yield from self._publish(self._shares(source))
 
     def _global_batches(self, source: Iterator[Any]) -> Iterator[Any]:
-        """On rank 0: what all ranks get together."""
+        """On rank 0: what all ranks get together, or in the end the exception that stops them."""
         count = 1 if self.split_batches else self.state.num_processes
-        while True:
-            parts = [part for part in (next(source, END) for _ in range(count)) if part is not END]
-            if not parts or (self._drop_last and len(parts) < count):
-                return
-            yield self._joined(parts)
+        try:
+            for _ in islice(source, self.skip_batches * count):
+                pass
+            while parts := list(islice(source, count)):
+                if self._drop_last and len(parts) < count:
+                    return
+                yield self._joined(parts)
+        except Exception as problem:  # the others must hear of it, they wait for a batch
+            yield _Failure(problem)
 
     def _joined(self, parts: list[Any]) -> Any:
         if len(parts) == 1:
@@ -255,69 +292,64 @@ class DataLoaderDispatcher(_Prepared):
                 f" (a collate_fn), or use dispatch_batches=False or split_batches=True. PyTorch said: {error}"
             ) from error
 
-    def _shares(self, source: Iterator[Any] | None) -> Iterator[tuple[Any, bool]]:
+    def _shares(self, source: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         first = None
-        number = 0
-        current = self._next(source)
-        while True:
-            batch, ended = self._share_out(current)
-            if ended:
+        current = next(source, END)
+        last = False
+        while not last:
+            following = END if isinstance(current, _Failure) else next(source, END)
+            batch, last = self._hand_out(current, following)
+            if batch is END:
                 return
-            following = self._next(source)
-            last = self._agree(following is END)
             if first is None:
-                first = self.slice_fn(
-                    batch,
-                    slice(0, self.state.num_processes),
-                    process_index=self.state.process_index,
-                    num_processes=self.state.num_processes,
-                )
-            if number >= self.skip_batches:
-                yield self._own(batch, first, last), last
-            number += 1
-            if last:
-                return
+                first = self._cut(batch, slice(0, self.state.num_processes))
+            yield self._own(batch, first, last), last
             current = following
 
-    @staticmethod
-    def _next(source: Iterator[Any] | None) -> Any:
-        return None if source is None else next(source, END)
-
-    def _agree(self, ended: bool) -> bool:
-        return bool(broadcast_object_list([ended])[0])
-
-    def _share_out(self, current: Any) -> tuple[Any, bool]:
-        """Rank 0's batch on every rank."""
-        rank0 = self.state.process_index == 0
-        info = [
-            None if rank0 and current is END else get_data_structure(current) if rank0 else None,
+    def _hand_out(self, current: Any, following: Any) -> tuple[Any, bool]:
+        """Rank 0's batch on every rank, and whether it is the last; `END` if there is none."""
+        reads = self.state.process_index == 0
+        failure = current if isinstance(current, _Failure) else None
+        told = [
             current is END,
+            None if current is END or failure else get_data_structure(current),
+            following is END,
+            str(failure) if failure else None,
         ]
-        structure, ended = broadcast_object_list(info)
+        ended, structure, last, problem = broadcast_object_list(told)
+        if failure:
+            raise failure.problem
+        if problem:
+            raise DistributedError(f"rank 0, which reads for all ranks, could not read a batch: {problem}")
         if ended:
-            return None, True
-        batch = current if rank0 else initialize_tensors(structure)
+            return END, True
+        batch = current if reads else initialize_tensors(structure)
         batch = send_to_device(batch, self.state.device, non_blocking=self._non_blocking)
-        return broadcast(batch, from_process=0), False
+        return broadcast(batch, from_process=0), last
+
+    def _cut(self, batch: Any, part: slice) -> Any:
+        return self.slice_fn(
+            batch, part, process_index=self.state.process_index, num_processes=self.state.num_processes
+        )
 
     def _own(self, batch: Any, first: Any, last: bool) -> Any:
+        """This rank's part; what is missing for equal parts is repeated from the epoch's first batch."""
         processes, rank = self.state.num_processes, self.state.process_index
-        observed = find_batch_size(batch) or 0
+        observed = find_batch_size(batch)
         share, rest = divmod(observed, processes)
         if rest and not self._drop_last:
-            batch, share = concatenate([batch, first]), share + 1
+            copies = math.ceil((processes - rest) / find_batch_size(first))
+            batch, share = concatenate([batch] + [first] * copies), share + 1
         if last:
             self.remainder = observed
-        return self.slice_fn(
-            batch, slice(rank * share, (rank + 1) * share), process_index=rank, num_processes=processes
-        )
+        return self._cut(batch, slice(rank * share, (rank + 1) * share))
 
     def __len__(self) -> int:
         whole = super().__len__()
-        if self.split_batches:
-            return whole
-        parts = whole / self.state.num_processes
-        return math.floor(parts) if self._drop_last else math.ceil(parts)
+        if not self.split_batches:
+            parts = whole / self.state.num_processes
+            whole = math.floor(parts) if self._drop_last else math.ceil(parts)
+        return max(0, whole - self.skip_batches)
 
     @property
     def total_batch_size(self) -> int:
@@ -336,10 +368,7 @@ class SkipDataLoader(_Prepared):
         self.iteration = iteration
 
     def __iter__(self) -> Any:
-        source = super().__iter__()
-        for _ in range(self.skip_batches):
-            next(source, END)
-        yield from self._publish(self._looked_ahead(source))
+        yield from self._publish(self._looked_ahead(islice(super().__iter__(), self.skip_batches, None)))
 
     @staticmethod
     def _looked_ahead(source: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
@@ -350,7 +379,7 @@ class SkipDataLoader(_Prepared):
             current = following
 
     def __len__(self) -> int:
-        return super().__len__() - self.skip_batches
+        return max(0, super().__len__() - self.skip_batches)
 
     @property
     def total_batch_size(self) -> int:

@@ -6,10 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from zeroaccel.config.types import RNGType
-from zeroaccel.data_loader.loaders import DataLoaderDispatcher, DataLoaderShard, SkipDataLoader, get_sampler
+from zeroaccel.data_loader.loaders import (
+    DataLoaderDispatcher,
+    DataLoaderShard,
+    SkipDataLoader,
+    get_sampler,
+    outer_sampler,
+    samplers_of,
+)
 from zeroaccel.data_loader.sharding import (
     BatchSamplerShard,
     IterableDatasetShard,
@@ -17,6 +24,7 @@ from zeroaccel.data_loader.sharding import (
     SkipBatchSampler,
     check_divides,
 )
+from zeroaccel.distributed.random import agreed
 from zeroaccel.errors import ConfigError, UnsupportedError
 from zeroaccel.state import PartialState
 
@@ -89,11 +97,11 @@ def prepare_data_loader(
     )
     if split_batches:
         _check_splits(dataloader, ranks[0])
-    sampler = _seedable(dataloader, data_seed) if use_seedable_sampler else None
+    sampler = _seedable(dataloader, data_seed, ranks[0]) if use_seedable_sampler else None
     if dispatch:
-        made: Any = _dispatcher(dataloader, iterable, split_batches, non_blocking, slice_fn_for_dispatch)
+        made: Any = _dispatcher(dataloader, split_batches, non_blocking, slice_fn_for_dispatch)
     else:
-        made = _shard(dataloader, iterable, ranks, split_batches, even_batches, bool(sampler))
+        made = _shard(dataloader, ranks, split_batches, even_batches, seeded=sampler is not None)
         made.device = device if put_on_device else None
         made._non_blocking = non_blocking
         made.rng_types = _usable_rng_types(rng_types, made.synchronized_generator)
@@ -105,20 +113,23 @@ def prepare_data_loader(
 def _check_splits(dataloader: DataLoader[Any], num_processes: int) -> None:
     size = dataloader.batch_size
     if size is None:
-        size = getattr(dataloader.batch_sampler, "batch_size", None)
+        size = getattr(outer_sampler(dataloader), "batch_size", None)
     if size is None:
         raise ConfigError(
             "split_batches needs a batch size, and neither the DataLoader nor its batch sampler"
             f" ({type(dataloader.batch_sampler).__name__}) has one: give the batch sampler a batch_size attribute"
         )
-    if size > 1:
-        check_divides(size, num_processes)
+    check_divides(size, num_processes)
 
 
-def _seedable(dataloader: DataLoader[Any], data_seed: int | None) -> SeedableRandomSampler | None:
+def _seedable(dataloader: DataLoader[Any], data_seed: int | None, num_processes: int) -> SeedableRandomSampler | None:
     sampler = get_sampler(dataloader)
     if not isinstance(sampler, RandomSampler):
         return None
+    if data_seed is None:
+        # Ranks whose seeds differ (`set_seed(..., device_specific=True)`) must shuffle alike all the same.
+        data_seed = torch.random.initial_seed()
+        data_seed = agreed(data_seed) if num_processes > 1 else data_seed
     return SeedableRandomSampler(
         data_source=sampler.data_source,
         replacement=sampler.replacement,
@@ -134,19 +145,20 @@ def _usable_rng_types(rng_types: list[Any] | None, generator: torch.Generator | 
     return [kind for kind in rng_types if generator is not None or kind != RNGType.GENERATOR]
 
 
+def _source(dataloader: DataLoader[Any], sampler: Any) -> dict[str, Any]:
+    """How a new loader gets its batches: as `dataloader` does, a map-style one with `sampler` as its outermost."""
+    if isinstance(dataloader.dataset, IterableDataset):
+        return {"batch_size": dataloader.batch_size, "drop_last": dataloader.drop_last}
+    if outer_sampler(dataloader) is dataloader.batch_sampler:
+        return {"batch_sampler": sampler}
+    return {"sampler": sampler, "batch_size": dataloader.batch_size}
+
+
 def _dispatcher(
-    dataloader: DataLoader[Any],
-    iterable: bool,
-    split_batches: bool,
-    non_blocking: bool,
-    slice_fn: Callable[..., Any] | None,
+    dataloader: DataLoader[Any], split_batches: bool, non_blocking: bool, slice_fn: Callable[..., Any] | None
 ) -> DataLoaderDispatcher:
-    options = _kept(dataloader)
+    options = {**_kept(dataloader), **_source(dataloader, outer_sampler(dataloader))}
     options.pop("generator", None)
-    if iterable:
-        options.update(batch_size=dataloader.batch_size, drop_last=dataloader.drop_last)
-    else:
-        options.update(batch_sampler=dataloader.batch_sampler)
     return DataLoaderDispatcher(
         dataloader.dataset,
         split_batches=split_batches,
@@ -158,37 +170,30 @@ def _dispatcher(
 
 
 def _shard(
-    dataloader: DataLoader[Any],
-    iterable: bool,
-    ranks: tuple[int, int],
-    split_batches: bool,
-    even_batches: bool,
-    seeded: bool,
+    dataloader: DataLoader[Any], ranks: tuple[int, int], split_batches: bool, even_batches: bool, seeded: bool
 ) -> DataLoaderShard:
     num_processes, process_index = ranks
-    options = {**_kept(dataloader), "_drop_last": dataloader.drop_last}
     dataset: Any = dataloader.dataset
+    sampler: Any = outer_sampler(dataloader)
     generator: torch.Generator | None = None
-    if iterable:
-        options["drop_last"] = dataloader.drop_last
-        options["batch_size"] = dataloader.batch_size
-        if num_processes > 1:
-            generator = getattr(dataset, "generator", None)
-            dataset = _iterable_shard(dataloader, ranks, split_batches)
-            if split_batches and dataloader.batch_size is not None:
-                options["batch_size"] = dataloader.batch_size // num_processes
-        return DataLoaderShard(dataset, synchronized_generator=generator, **options)
-    as_sampler = isinstance(dataloader.sampler, BatchSampler)  # batch_size=None with a batch sampler as sampler
-    batch_sampler: Any = dataloader.sampler if as_sampler else dataloader.batch_sampler
-    if num_processes > 1:
+    options = _source(dataloader, sampler)
+    if num_processes > 1 and isinstance(dataset, IterableDataset):
+        generator = getattr(dataset, "generator", None)
+        dataset = _iterable_shard(dataloader, ranks, split_batches)
+        if split_batches:
+            options["batch_size"] //= num_processes
+    elif num_processes > 1:
         if not seeded:
-            generator = _shared_generator(get_sampler(dataloader))
-        batch_sampler = BatchSamplerShard(batch_sampler, num_processes, process_index, split_batches, even_batches)
-    if as_sampler:
-        options.update(sampler=batch_sampler, batch_size=dataloader.batch_size)
-    else:
-        options["batch_sampler"] = batch_sampler
-    return DataLoaderShard(dataset, synchronized_generator=generator, **options)
+            generator = _shared_generator(samplers_of(dataloader)[-1])
+        shard = BatchSamplerShard(sampler, num_processes, process_index, split_batches, even_batches)
+        options = _source(dataloader, shard)
+    return DataLoaderShard(
+        dataset,
+        synchronized_generator=generator,
+        _drop_last=dataloader.drop_last,
+        **options,
+        **_kept(dataloader),
+    )
 
 
 def _iterable_shard(dataloader: DataLoader[Any], ranks: tuple[int, int], split_batches: bool) -> Any:
@@ -198,7 +203,7 @@ def _iterable_shard(dataloader: DataLoader[Any], ranks: tuple[int, int], split_b
         return dataset.shard(num_shards=num_processes, index=process_index)  # each rank reads files of its own
     return IterableDatasetShard(
         dataset,
-        batch_size=dataloader.batch_size or 1,
+        batch_size=dataloader.batch_size,
         drop_last=dataloader.drop_last,
         num_processes=num_processes,
         process_index=process_index,
@@ -212,7 +217,7 @@ def _shared_generator(sampler: Any) -> torch.Generator | None:
         return None
     if sampler.generator is None:
         sampler.generator = torch.Generator()
-        sampler.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+        sampler.generator.manual_seed(agreed(int(torch.empty((), dtype=torch.int64).random_().item())))
     return sampler.generator  # type: ignore[no-any-return]
 
 
@@ -223,52 +228,51 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
         dataloader: prepared or not; it stays as it is.
         num_batches: batches of this rank.
     """
-    dataset = dataloader.dataset
-    options = _kept(dataloader)
-    if isinstance(dataset, IterableDataset):
-        options.update(batch_size=dataloader.batch_size, drop_last=dataloader.drop_last)
-    else:
-        as_sampler = isinstance(dataloader.sampler, BatchSampler)
-        skipping = SkipBatchSampler(dataloader.sampler if as_sampler else dataloader.batch_sampler, num_batches)
-        options.update({"sampler": skipping, "batch_size": None} if as_sampler else {"batch_sampler": skipping})
-    return _mark_like(dataloader, _skipping(dataloader, dataset, num_batches, options))
-
-
-def _skipping(dataloader: Any, dataset: Any, num_batches: int, options: dict[str, Any]) -> Any:
+    iterable = isinstance(dataloader.dataset, IterableDataset)
     if isinstance(dataloader, DataLoaderDispatcher):
-        options.pop("generator", None)
-        options.pop("batch_sampler", None) if isinstance(dataset, IterableDataset) else None
-        return DataLoaderDispatcher(
-            dataset,
-            split_batches=dataloader.split_batches,
-            skip_batches=num_batches if isinstance(dataset, IterableDataset) else 0,
-            _drop_last=dataloader._drop_last,
-            _non_blocking=dataloader._non_blocking,
-            slice_fn=dataloader.slice_fn,
-            iteration=dataloader.iteration,
-            **(options if isinstance(dataset, IterableDataset) else _unskipped(dataloader, options, num_batches)),
-        )
-    if isinstance(dataloader, DataLoaderShard):
-        return DataLoaderShard(
-            dataset,
-            device=dataloader.device,
-            rng_types=dataloader.rng_types,
-            synchronized_generator=dataloader.synchronized_generator,
-            skip_batches=num_batches if isinstance(dataset, IterableDataset) else 0,
-            _drop_last=dataloader._drop_last,
-            _non_blocking=dataloader._non_blocking,
-            iteration=dataloader.iteration,
-            **options,
-        )
-    if isinstance(dataset, IterableDataset):
-        return SkipDataLoader(dataset, skip_batches=num_batches, **options)
-    return DataLoader(dataset, **options)
+        made: Any = _skipping_dispatcher(dataloader, num_batches, iterable)
+    else:
+        sampler = None if iterable else SkipBatchSampler(outer_sampler(dataloader), num_batches)
+        options = {**_kept(dataloader), **_source(dataloader, sampler)}
+        if isinstance(dataloader, DataLoaderShard):
+            made = _skipping_shard(dataloader, num_batches if iterable else 0, options)
+        elif iterable:
+            made = SkipDataLoader(dataloader.dataset, skip_batches=num_batches, **options)
+        else:
+            made = DataLoader(dataloader.dataset, **options)
+    return _mark_like(dataloader, made)
 
 
-def _unskipped(dataloader: Any, options: dict[str, Any], num_batches: int) -> dict[str, Any]:
-    """Rank 0 reads several batches of the sampler for each batch that a rank sees."""
-    each = 1 if dataloader.split_batches else dataloader.state.num_processes
-    return {**options, "batch_sampler": SkipBatchSampler(dataloader.batch_sampler, num_batches * each)}
+def _skipping_dispatcher(dataloader: DataLoaderDispatcher, num_batches: int, iterable: bool) -> DataLoaderDispatcher:
+    # Rank 0 reads several batches of the sampler for each one that a rank sees.
+    read = num_batches * (1 if dataloader.split_batches else dataloader.state.num_processes)
+    sampler = None if iterable else SkipBatchSampler(outer_sampler(dataloader), read)
+    options = {**_kept(dataloader), **_source(dataloader, sampler)}
+    options.pop("generator", None)
+    return DataLoaderDispatcher(
+        dataloader.dataset,
+        split_batches=dataloader.split_batches,
+        skip_batches=dataloader.skip_batches + num_batches if iterable else 0,
+        _drop_last=dataloader._drop_last,
+        _non_blocking=dataloader._non_blocking,
+        slice_fn=dataloader.slice_fn,
+        iteration=dataloader.iteration,
+        **options,
+    )
+
+
+def _skipping_shard(dataloader: DataLoaderShard, num_batches: int, options: dict[str, Any]) -> DataLoaderShard:
+    return DataLoaderShard(
+        dataloader.dataset,
+        device=dataloader.device,
+        rng_types=dataloader.rng_types,
+        synchronized_generator=dataloader.synchronized_generator,
+        skip_batches=dataloader.skip_batches + num_batches,
+        _drop_last=dataloader._drop_last,
+        _non_blocking=dataloader._non_blocking,
+        iteration=dataloader.iteration,
+        **options,
+    )
 
 
 def _mark_like(original: Any, made: Any) -> Any:

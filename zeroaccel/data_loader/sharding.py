@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import cycle, islice
+from collections.abc import Iterator, Sized
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -42,10 +42,15 @@ class BatchSamplerShard(BatchSampler):
     """One rank's batches of a batch sampler.
 
     Args:
-        batch_sampler: yields lists of indices.
+        batch_sampler: yields lists of indices. One without a `batch_size` may yield anything: its elements are handed
+            out in turn as they are.
         num_processes, process_index: world size and rank.
         split_batches: cut each batch for the ranks, instead of handing out whole batches in turn.
         even_batches: repeat indices from the beginning, so that every rank gets equally many full batches.
+
+    Attributes:
+        remainder: real indices in the last global batch of the newest epoch, known once its last batch was drawn; 0
+            if it was full, -1 if its elements have no length.
 
     Raises:
         ConfigError: `split_batches` with a batch size that the ranks do not divide.
@@ -66,6 +71,7 @@ class BatchSamplerShard(BatchSampler):
         self.even_batches = even_batches
         self.batch_size = getattr(batch_sampler, "batch_size", None)  # type: ignore[assignment]
         self.drop_last = getattr(batch_sampler, "drop_last", False)
+        self.remainder = 0
         if split_batches:
             check_divides(self.batch_size, num_processes)
 
@@ -84,6 +90,7 @@ class BatchSamplerShard(BatchSampler):
         return length + 1 if self.even_batches or self.process_index < rest else length
 
     def __iter__(self) -> Iterator[list[Any]]:
+        self.remainder = 0
         return self._split() if self.split_batches else self._take_turns()
 
     def _split(self) -> Iterator[list[Any]]:
@@ -95,6 +102,7 @@ class BatchSamplerShard(BatchSampler):
             if len(batch) == self.batch_size:
                 yield batch[mine]
             elif not self.drop_last:
+                self.remainder = len(batch)
                 full = list(batch) + list(islice(cycle(first), self.batch_size)) if self.even_batches else list(batch)
                 if full[mine]:
                     yield full[mine]
@@ -103,17 +111,21 @@ class BatchSamplerShard(BatchSampler):
         beginning: list[Any] = []
         turn: list[Any] = []
         for batch in self.batch_sampler:
+            if len(turn) == self.num_processes:  # so the short batch in it was not the epoch's last
+                yield turn[self.process_index]
+                turn = []
             if len(beginning) < self.num_processes:
-                beginning.append(list(batch))
+                beginning.append(batch)
             turn.append(batch)
             if len(turn) == self.num_processes and self._is_full(batch):
                 yield turn[self.process_index]
                 turn = []
         if turn and not self.drop_last:
+            self.remainder = sum(map(len, turn)) if isinstance(turn[0], Sized) else -1
             yield from self._last_turn(turn, beginning)
 
     def _is_full(self, batch: Any) -> bool:
-        return self.batch_size is None or len(batch) == self.batch_size
+        return self.batch_size is None or len(batch) >= self.batch_size
 
     def _last_turn(self, turn: list[Any], beginning: list[Any]) -> Iterator[list[Any]]:
         """An incomplete turn, filled up from the beginning of the epoch."""
@@ -122,14 +134,13 @@ class BatchSamplerShard(BatchSampler):
                 yield turn[self.process_index]
             return
         if self.batch_size is None:
-            yield list(islice(turn + list(islice(cycle(beginning), self.num_processes)), self.num_processes))[
-                self.process_index
-            ]
+            yield next(islice(chain(turn, cycle(beginning)), self.process_index, None))
             return
-        indices = [index for batch in turn for index in batch]
-        refill = cycle(index for batch in beginning for index in batch)
-        indices += islice(refill, self.num_processes * self.batch_size - len(indices))
-        yield indices[self.process_index * self.batch_size : (self.process_index + 1) * self.batch_size]
+        indices = list(chain.from_iterable(turn))
+        # A sampler may yield more than its batch_size says.
+        size = max(self.batch_size, math.ceil(len(indices) / self.num_processes))
+        filled = chain(indices, cycle(chain.from_iterable(beginning)))
+        yield list(islice(filled, self.process_index * size, (self.process_index + 1) * size))
 
 
 def check_divides(batch_size: int | None, num_processes: int) -> None:
@@ -150,22 +161,29 @@ class IterableDatasetShard(IterableDataset[Any]):
 
     Args:
         dataset: the dataset, in the same order on every rank.
-        batch_size: of one rank, or of all with `split_batches`.
+        batch_size: of one rank, or of all with `split_batches`; None: each element is a batch already.
         drop_last: leave out an incomplete last global batch; else it is filled from the first one.
         num_processes, process_index: world size and rank.
         split_batches: see `batch_size`.
+
+    Attributes:
+        remainder: real samples in the last global batch of the newest epoch, known once that was read; 0 if it was
+            full, -1 if they cannot be counted: elements are batches, or a worker process reads.
+
+    Raises:
+        ConfigError: `split_batches` with a batch size that the ranks do not divide.
     """
 
     def __init__(
         self,
         dataset: Any,
-        batch_size: int = 1,
+        batch_size: int | None = 1,
         drop_last: bool = False,
         num_processes: int = 1,
         process_index: int = 0,
         split_batches: bool = False,
     ) -> None:
-        if split_batches and batch_size > 1:
+        if split_batches:
             check_divides(batch_size, num_processes)
         self.dataset = dataset
         self.batch_size = batch_size
@@ -174,6 +192,7 @@ class IterableDatasetShard(IterableDataset[Any]):
         self.process_index = process_index
         self.split_batches = split_batches
         self.epoch = 0
+        self.remainder = -1
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the dataset, or its generator, which epoch comes."""
@@ -181,17 +200,25 @@ class IterableDatasetShard(IterableDataset[Any]):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
+    @property
+    def _global_batch(self) -> int:
+        """Elements of all ranks in a batch."""
+        size = 1 if self.batch_size is None else self.batch_size
+        return size if self.split_batches else size * self.num_processes
+
     def __len__(self) -> int:
-        in_all = len(self.dataset) / (self.batch_size * self.num_processes)
-        return (math.floor(in_all) if self.drop_last else math.ceil(in_all)) * self.batch_size
+        in_all = len(self.dataset) / self._global_batch
+        share = self._global_batch // self.num_processes
+        return (math.floor(in_all) if self.drop_last else math.ceil(in_all)) * share
 
     def __iter__(self) -> Iterator[Any]:
         generator = getattr(self.dataset, "generator", None)
         if not hasattr(self.dataset, "set_epoch") and isinstance(generator, torch.Generator):
             generator.manual_seed(self.epoch)
-        in_all = self.batch_size if self.split_batches else self.batch_size * self.num_processes
+        in_all = self._global_batch
         share = in_all // self.num_processes
         mine = slice(self.process_index * share, (self.process_index + 1) * share)
+        self.remainder = 0
         first: list[Any] | None = None
         batch: list[Any] = []
         for element in self.dataset:
@@ -200,6 +227,7 @@ class IterableDatasetShard(IterableDataset[Any]):
                 yield from batch[mine]
                 first, batch = first or batch, []
         if batch and not self.drop_last:
+            self.remainder = -1 if self.batch_size is None else len(batch)
             batch += islice(cycle(first or list(batch)), in_all - len(batch))
             yield from batch[mine]
 
@@ -225,4 +253,4 @@ class SkipBatchSampler(BatchSampler):
         return len(self.batch_sampler)
 
     def __len__(self) -> int:
-        return len(self.batch_sampler) - self.skip_batches
+        return max(0, len(self.batch_sampler) - self.skip_batches)

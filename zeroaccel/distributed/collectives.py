@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -205,9 +206,8 @@ def check_agreement(operation: str, data: Any, remedy: str, ranks_only: bool = F
         ConfigTypeError: on every rank, if a leaf is no tensor.
     """
     state = PartialState()
-    described = [_describe(leaf, ranks_only) for leaf in leaves(data)]
-    if state.num_processes > 1 and not _all_equal("; ".join(described), state):
-        shown = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(all_objects(", ".join(described))))
+    if state.num_processes > 1 and not _all_equal(outline := _outline(data, ranks_only), state):
+        shown = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(all_objects(outline)))
         raise DistributedError(f"{operation} was given different tensors on different ranks: {remedy}{shown}")
     others = sorted({type(leaf).__name__ for leaf in leaves(data) if not isinstance(leaf, torch.Tensor)})
     if others:
@@ -217,12 +217,17 @@ def check_agreement(operation: str, data: Any, remedy: str, ranks_only: bool = F
         )
 
 
-def _describe(leaf: Any, ranks_only: bool) -> str:
-    if not isinstance(leaf, torch.Tensor):
-        return type(leaf).__name__
-    if leaf.is_nested:
+def _outline(data: Any, ranks_only: bool) -> str:
+    """Containers, keys in their order, and shapes, as text."""
+    if isinstance(data, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_outline(value, ranks_only)}" for key, value in data.items()) + "}"
+    if isinstance(data, (list, tuple)):
+        return "(" + ", ".join(_outline(value, ranks_only) for value in data) + ")"
+    if not isinstance(data, torch.Tensor):
+        return type(data).__name__
+    if data.is_nested:
         return "nested tensor"
-    return f"{leaf.ndim} dimensions" if ranks_only else f"{list(leaf.shape)} {leaf.dtype}"
+    return f"{data.ndim} dimensions" if ranks_only else f"{list(data.shape)} {data.dtype}"
 
 
 def _all_equal(text: str, state: PartialState) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 
 from zeroaccel.config.types import RNGType
+from zeroaccel.distributed.objects import broadcast_object_list
 from zeroaccel.errors import ConfigError
 from zeroaccel.state import PartialState
 
@@ -29,6 +30,11 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     torch.manual_seed(seed)  # all devices
     if deterministic:
         torch.use_deterministic_algorithms(True)
+
+
+def agreed(seed: int) -> int:
+    """Rank 0's seed on every rank. Collective."""
+    return int(broadcast_object_list([seed])[0])
 
 
 def synchronize_rng_state(rng_type: RNGType | str | None = None, generator: torch.Generator | None = None) -> None:
