@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zeroaccel.config import checks
-from zeroaccel.config.document import HfDeepSpeedConfig
+from zeroaccel.config.document import HfDeepSpeedConfig, assign, leaves
+from zeroaccel.config.facts import Entry, Facts, ResolvedConfig, SchedulerFact
+from zeroaccel.config.plugin import DeepSpeedPlugin
+from zeroaccel.config.precedence import Level, Said, settle
 from zeroaccel.errors import ConfigError
-
-if TYPE_CHECKING:
-    from zeroaccel.config.plugin import DeepSpeedPlugin
 
 # DeepSpeed's own defaults, which were measured to be about twice as fast as hidden_size^2 on an H200
 # (benchmarks/README.md).
@@ -22,116 +22,6 @@ FAST_FLOORS = {
     "zero_optimization.stage3_prefetch_bucket_size": 50_000_000,
     "zero_optimization.stage3_param_persistence_threshold": 100_000,
 }
-
-
-@dataclass(frozen=True)
-class LoaderFact:
-    """One loader: batch size as the script wrote it (None: unknown), and whether it is for training."""
-
-    batch_size: int | None
-    training: bool
-
-
-@dataclass(frozen=True)
-class ModelFact:
-    """The model: parameters in all, of the largest one, and the hidden size with where it was found."""
-
-    numel: int
-    largest_parameter: int
-    hidden_size: int | None
-    hidden_size_origin: str
-
-
-@dataclass(frozen=True)
-class OptimizerFact:
-    """The optimizer: a `DummyOptim` with its values, or the name of a real one."""
-
-    dummy: bool
-    name: str
-    params: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class SchedulerFact:
-    """The scheduler: a `DummyScheduler` with its values, or the name of a real one."""
-
-    dummy: bool
-    has_callable: bool
-    name: str
-    total_num_steps: int | None
-    warmup_num_steps: int
-    max_lr: float | None
-    params: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known at `prepare()`.
-
-    Attributes:
-        world_size: number of ranks.
-        split_batches: a loader's batch size is that of all ranks together.
-        accumulation_steps: what the `Accelerator` says.
-        accumulation_typed: whether the script typed that number.
-        loaders: of this `prepare()` call.
-        known_micro_batch_size: of an earlier call.
-        model, optimizer, scheduler: of this call.
-    """
-
-    world_size: int
-    split_batches: bool = False
-    accumulation_steps: int | None = None
-    accumulation_typed: bool = False
-    loaders: tuple[LoaderFact, ...] = ()
-    known_micro_batch_size: int | None = None
-    model: ModelFact | None = None
-    optimizer: OptimizerFact | None = None
-    scheduler: SchedulerFact | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One value of the resolved config.
-
-    Attributes:
-        key: dotted.
-        value: what runs.
-        source: who said so.
-        reason: why, for values that a rule chose.
-        was_auto: whether `"auto"` (or nothing) stood there.
-    """
-
-    key: str
-    value: object
-    source: str
-    reason: str = ""
-    was_auto: bool = False
-
-
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """The config that DeepSpeed gets.
-
-    Attributes:
-        config: the dictionary, free of `"auto"`.
-        entries: every value with its source.
-        warnings: values that were given twice and lost.
-    """
-
-    config: dict[str, Any]
-    entries: tuple[Entry, ...]
-    warnings: tuple[str, ...] = ()
-
-    def table(self) -> str:
-        """The entries as text, one a line."""
-        rows = [("key", "value", "source", "reason")]
-        rows += [(entry.key, str(entry.value), entry.source, entry.reason) for entry in self.entries]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = (
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]])
-            for row in rows
-        )
-        return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass
@@ -153,10 +43,8 @@ class _Resolution:
         return bool(self.number(key) == "auto")
 
     def choose(self, key: str, value: Any, source: str, reason: str) -> None:
-        node, name = self.document.find_config_node(key)
-        assert node is not None
-        node[name] = value
-        self.chosen[key] = Entry(key, value, source, reason, was_auto=True)
+        assign(self.document.config, key, value)
+        self.chosen[key] = Entry(key, value, source, reason)
 
 
 Choice = tuple[Any, str, str]  # value, source, reason
@@ -167,11 +55,7 @@ def _accumulation(r: _Resolution) -> Choice:
     steps = r.facts.accumulation_steps or 1
     if r.facts.accumulation_typed:
         return steps, "Accelerator", "gradient_accumulation_steps of the Accelerator"
-    return (
-        steps,
-        "rule",
-        "nobody asked for accumulation" if steps == 1 else "of an earlier prepare() or the launcher",
-    )
+    return steps, "rule", "nobody asked for accumulation" if steps == 1 else "of an earlier prepare() or the launcher"
 
 
 def _clipping(r: _Resolution) -> Choice:
@@ -180,34 +64,27 @@ def _clipping(r: _Resolution) -> Choice:
     return 0.0, "rule", "nobody asked for clipping; clip_grad_norm_ clips where it is called"
 
 
-def _hidden_squared(r: _Resolution) -> tuple[int, str] | None:
+def _hidden_size(r: _Resolution) -> tuple[int, str] | None:
     model = r.facts.model
     if model is None:
         return None
     if model.hidden_size is not None:
-        return model.hidden_size**2, f"hidden size {model.hidden_size} ({model.hidden_size_origin})"
-    return (
-        model.largest_parameter,
-        f"largest parameter {model.largest_parameter}, the model tells no hidden size",
-    )
+        return model.hidden_size, f"hidden size {model.hidden_size} ({model.hidden_size_origin})"
+    size = math.isqrt(max(model.largest_parameter - 1, 0)) + 1
+    return size, f"hidden size {size} (square root of the largest parameter, the model tells none)"
 
 
-def _bucket(key: str, formula: Callable[[int], int], words: str) -> Rule:
+def _bucket(key: str, formula: Callable[[int], float], words: str) -> Rule:
     def rule(r: _Resolution) -> Choice | None:
-        squared = _hidden_squared(r)
-        if squared is None or r.facts.model is None:
+        hidden = _hidden_size(r)
+        if hidden is None or r.facts.model is None:
             return None
-        value, reason = formula(squared[0]), f"{words}, {squared[1]}"
-        if r.policy == "accelerate":
-            return value, "rule", reason
+        size, origin = hidden
+        value = int(formula(size))
         floor = min(FAST_FLOORS[key], max(r.facts.model.numel, 1))
-        if value >= floor:
-            return value, "rule", reason
-        return (
-            floor,
-            "rule",
-            f"{FAST_FLOORS[key]:.0e} is fast, bounded by the model's size; {words} is {value}",
-        )
+        if r.policy == "accelerate" or value >= floor:
+            return value, "rule", f"{words}, {origin}"
+        return floor, "rule", f"{FAST_FLOORS[key]:.0e} is fast, bounded by the model's size; {words} is {value}"
 
     return rule
 
@@ -302,16 +179,16 @@ RULES: dict[str, Rule] = {
     "gradient_clipping": _clipping,
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": _saving,
     "zero_optimization.reduce_bucket_size": _bucket(
-        "zero_optimization.reduce_bucket_size", lambda squared: squared, "hidden size squared"
+        "zero_optimization.reduce_bucket_size", lambda hidden: hidden * hidden, "hidden size squared"
     ),
     "zero_optimization.stage3_prefetch_bucket_size": _bucket(
         "zero_optimization.stage3_prefetch_bucket_size",
-        lambda squared: int(0.9 * squared),
+        lambda hidden: 0.9 * hidden * hidden,
         "0.9 x hidden size squared",
     ),
     "zero_optimization.stage3_param_persistence_threshold": _bucket(
         "zero_optimization.stage3_param_persistence_threshold",
-        lambda squared: 10 * math.isqrt(squared),
+        lambda hidden: 10 * hidden,
         "10 x hidden size",
     ),
     "scheduler.params.warmup_min_lr": _warmup_min_lr,
@@ -323,7 +200,7 @@ RULES: dict[str, Rule] = {
 }
 
 # DeepSpeed fills these itself.
-LEFT_TO_DEEPSPEED = ("zero_optimization.zenflow.",)
+LEFT_TO_DEEPSPEED = ("zero_optimization.zenflow.", "data_types.keep_in_fp32_modules", "pipeline.stages")
 
 
 def resolve(plugin: DeepSpeedPlugin, facts: Facts) -> ResolvedConfig:
@@ -337,8 +214,10 @@ def resolve(plugin: DeepSpeedPlugin, facts: Facts) -> ResolvedConfig:
     r.problems += checks.optimizer_and_scheduler(config, facts.optimizer, facts.scheduler)
     _drop_unused_sections(config, facts)
     if facts.optimizer is not None and not facts.optimizer.dummy:
-        config.setdefault("zero_allow_untested_optimizer", True)
-    config.setdefault("train_micro_batch_size_per_gpu", "auto")
+        _allow_untested(r, plugin)
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        if config.get(key) is None:
+            config[key] = "auto"
     for key, rule in RULES.items():
         if r.is_open(key) and (choice := rule(r)) is not None:
             r.choose(key, *choice)
@@ -361,6 +240,15 @@ def _drop_unused_sections(config: dict[str, Any], facts: Facts) -> None:
         config.pop("scheduler", None)
 
 
+def _allow_untested(r: _Resolution, plugin: DeepSpeedPlugin) -> None:
+    """DeepSpeed takes optimizers of the script's own only with its leave."""
+    key, needed = "zero_allow_untested_optimizer", "the optimizer is the script's own"
+    if r.number(key) is False:
+        r.warnings.append(f"{key}: True (rule: {needed}) holds, not False ({plugin.source_of(key)})")
+    if r.number(key) is not True:
+        r.choose(key, True, "rule", needed)
+
+
 def _fill_from_dummies(r: _Resolution) -> None:
     for section, fact in (("optimizer", r.facts.optimizer), ("scheduler", r.facts.scheduler)):
         if fact is None or not fact.dummy:
@@ -372,31 +260,28 @@ def _fill_from_dummies(r: _Resolution) -> None:
 
 
 def _left_over(r: _Resolution) -> list[str]:
-    problems = []
-    for key, value in leaves(r.document.config):
-        if value != "auto" or key.startswith(LEFT_TO_DEEPSPEED):
-            continue
-        problems.append(checks.unserved(key, RULES, r.facts))
-    return problems
+    return [
+        checks.unserved(key, RULES, r.facts)
+        for key, value in leaves(r.document.config)
+        if value == "auto" and not key.startswith(LEFT_TO_DEEPSPEED)
+    ]
 
 
 def _losers(r: _Resolution, plugin: DeepSpeedPlugin) -> list[str]:
-    steps, asked = r.number("gradient_accumulation_steps"), r.facts.accumulation_steps
-    if r.facts.accumulation_typed and isinstance(steps, int) and asked != steps:
-        source = plugin.source_of("gradient_accumulation_steps")
-        return [f"gradient_accumulation_steps: {steps} ({source}) holds, not {asked} (Accelerator)"]
-    return []
+    """Numbers of the config that the script gives too, and differently."""
+    script = {}
+    if r.facts.accumulation_typed:
+        script["gradient_accumulation_steps"] = (r.facts.accumulation_steps, "Accelerator")
+    if r.facts.loaders and (choice := _micro_batch(r)) is not None:
+        script["train_micro_batch_size_per_gpu"] = (choice[0], f"{choice[1]}, {choice[2]}")
+    losers = []
+    for key, (value, source) in script.items():
+        if key not in r.chosen:
+            held = Said(r.number(key), Level.DOCUMENT, plugin.source_of(key))
+            losers += settle(key, [held, Said(value, Level.ACCELERATOR, source)])[1]
+    return losers
 
 
 def _entries(r: _Resolution, plugin: DeepSpeedPlugin) -> Iterator[Entry]:
     for key, value in leaves(r.document.config):
         yield r.chosen.get(key) or Entry(key, copy.copy(value), plugin.source_of(key))
-
-
-def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested config."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zeroaccel.config.document import HfDeepSpeedConfig
-
-if TYPE_CHECKING:
-    from zeroaccel.config.auto import Entry, Facts, OptimizerFact, SchedulerFact
+from zeroaccel.config.facts import Entry, Facts, OptimizerFact, SchedulerFact
 
 STAGES = (0, 1, 2, 3)
 DEVICES = ("none", "cpu", "nvme", None)
+SECTIONS = ("fp16", "bf16", "optimizer", "scheduler", "zero_optimization")
+
+
+def sections(config: Mapping[str, Any], origin: str) -> list[str]:
+    """Sections that are missing, or no sections."""
+    problems = []
+    if "zero_optimization" not in config:
+        problems.append(
+            f"the DeepSpeed config ({origin}) has no zero_optimization section: add one, e.g."
+            ' "zero_optimization": {"stage": 2}'
+        )
+    for name in SECTIONS:
+        if not isinstance(value := config.get(name, {}), dict):
+            problems.append(f"{name} is {value!r} ({origin}): write a section, {{...}}, or leave it out")
+    return problems
 
 
 def optimizer_and_scheduler(
@@ -35,6 +48,11 @@ def optimizer_and_scheduler(
         problems.append(
             f"the DeepSpeed config has a scheduler section and the code a {scheduler.name}: remove the section, or use"
             " zeroaccel.utils.DummyScheduler in the code"
+        )
+    if "scheduler" in config and scheduler.has_callable:
+        problems.append(
+            "the DeepSpeed config has a scheduler section and the code a DummyScheduler with lr_scheduler_callable:"
+            " remove one of them"
         )
     if "scheduler" not in config and scheduler.dummy and not scheduler.has_callable:
         problems.append(
@@ -102,6 +120,8 @@ def unserved(key: str, served: Container[str], facts: Facts) -> str:
         name = key.rsplit(".", 1)[-1]
         return f"{key} is 'auto', and the DummyOptim has no {name}: pass DummyOptim(..., {name}=...), or write a value"
     if key.startswith("scheduler.params."):
+        if facts.scheduler is None:
+            return f"{key} is 'auto', and prepare() got no scheduler: pass a DummyScheduler, or write a value"
         name = key.rsplit(".", 1)[-1]
         remedy = f"pass DummyScheduler(..., {name}=...), or write a value"
         return f"{key} is 'auto', and the DummyScheduler has no {name}: {remedy}"
@@ -150,6 +170,8 @@ def inert_settings(document: HfDeepSpeedConfig) -> list[str]:
         warnings.append(
             f"offload_optimizer to nvme works at stage 3 only; at stage {stage} DeepSpeed uses CPU memory instead"
         )
+    if document.is_true("msamp.enabled"):
+        warnings.append("msamp has no effect: MS-AMP would need its own deepspeed.initialize, which is not called here")
     if optimizer not in (None, "none") and stage == 0:
         warnings.append("offload_optimizer needs stage 1 to 3; at stage 0 the optimizer stays on the device")
     return warnings

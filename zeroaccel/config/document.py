@@ -7,9 +7,11 @@ import binascii
 import copy
 import json
 import os
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zeroaccel.errors import ConfigError
+from zeroaccel.errors import ConfigError, ConfigTypeError
 
 
 class HfDeepSpeedConfig:
@@ -23,12 +25,18 @@ class HfDeepSpeedConfig:
         origin: where it came from, in words.
 
     Raises:
-        ConfigError: no such file, or no JSON object in it.
+        ConfigError: no such file, no JSON object in it, or a key twice.
+        ConfigTypeError: an argument of another type.
     """
 
     def __init__(self, config_file_or_dict: dict[str, Any] | str | os.PathLike[str]) -> None:
-        self.config, self.origin = _read(config_file_or_dict)
+        self.config, self.origin, self._lines = _read(config_file_or_dict)
         self.set_stage_and_offload()
+
+    def source_of(self, ds_key_long: str) -> str:
+        """Where a dotted key was written: the origin, of a file with the line."""
+        line = self._lines.get(ds_key_long)
+        return self.origin if line is None else f"{self.origin}:{line}"
 
     def set_stage_and_offload(self) -> None:
         """Reads stage and offload again, after `config` was changed."""
@@ -43,8 +51,8 @@ class HfDeepSpeedConfig:
         *sections, key = ds_key_long.split(".")
         node: Any = self.config
         for section in sections:
-            node = node.get(section) if isinstance(node, dict) else None
-            if node is None:
+            node = node.get(section)
+            if not isinstance(node, dict):
                 return None, key
         return node, key
 
@@ -88,22 +96,50 @@ class HfDeepSpeedConfig:
         return bool(self._offload)
 
 
-def _read(source: dict[str, Any] | str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested config; an empty section is a value."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def assign(config: dict[str, Any], ds_key_long: str, value: Any) -> None:
+    """Sets a dotted key, and makes the sections that it lacks."""
+    *sections, key = ds_key_long.split(".")
+    for section in sections:
+        if not isinstance(config.get(section), dict):
+            config[section] = {}
+        config = config[section]
+    config[key] = value
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def _read(source: object) -> tuple[dict[str, Any], str, dict[str, int]]:
+    """The config, where it came from, and the lines of its keys where it is a file."""
     if isinstance(source, dict):
-        return copy.deepcopy(source), "dict argument"
-    text, origin = os.fspath(source), "JSON text"
-    if os.path.exists(text):
-        origin = text
+        return copy.deepcopy(source), "dict argument", {}
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigTypeError(
+            f"hf_ds_config is a {type(source).__name__}: pass the path of a DeepSpeed config, a dictionary, JSON text"
+            " or its base64"
+        )
+    text = str(source)
+    if os.path.isfile(text):
         with open(text, encoding="utf-8") as file:
-            text = file.read()
-    elif (decoded := _decoded(text)) is not None:
-        text, origin = decoded, "base64 text"
-    elif not text.lstrip().startswith("{"):
+            content = file.read()
+        return _parsed(content, text), text, _key_lines(content)
+    if text.lstrip().startswith("{"):
+        return _parsed(text, "JSON text"), "JSON text", {}
+    if (decoded := _decoded(text)) is None:
         raise ConfigError(
             f"hf_ds_config={text!r} is neither an existing file nor JSON: pass the path of a DeepSpeed config,"
             " a dictionary, JSON text or its base64"
         )
-    return _parsed(text, origin), origin
+    return _parsed(decoded, "base64 text"), "base64 text", {}
 
 
 def _decoded(text: str) -> str | None:
@@ -116,10 +152,37 @@ def _decoded(text: str) -> str | None:
 
 
 def _parsed(text: str, origin: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ConfigError(f"{origin}: {', '.join(twice)} is there twice in one section: keep one of them")
+        return dict(pairs)
+
     try:
-        config = json.loads(text)
+        config = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{origin}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{origin}: a DeepSpeed config is a JSON object, this is a {type(config).__name__}")
     return config
+
+
+_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}\[\]]')
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """Line of every dotted key of valid JSON text; keys inside lists are left out."""
+    lines: dict[str, int] = {}
+    path: list[str | None] = []  # the key of each open section, None for a list and for the whole
+    key: str | None = None
+    for token in _TOKEN.finditer(text):
+        if token.group(2):
+            key = json.loads(token.group(1))
+            sections = path[1:]
+            if None not in sections:
+                lines[".".join([*filter(None, sections), str(key)])] = text.count("\n", 0, token.start()) + 1
+        elif token.group() in ("{", "["):
+            path.append(key if token.group() == "{" and path else None)
+        elif token.group() in ("}", "]"):
+            path.pop()
+    return lines

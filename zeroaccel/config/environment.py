@@ -23,6 +23,7 @@ FIELDS = {
     "use_deepspeed": "USE_DEEPSPEED",
     "cpu": "USE_CPU",
     "mixed_precision": "MIXED_PRECISION",
+    "dynamo_backend": "DYNAMO_BACKEND",
     "zero_stage": "DEEPSPEED_ZERO_STAGE",
     "gradient_accumulation_steps": "GRADIENT_ACCUMULATION_STEPS",
     "gradient_clipping": "GRADIENT_CLIPPING",
@@ -36,6 +37,7 @@ FIELDS = {
     "deepspeed_fields_from_config": "CONFIG_DS_FIELDS",
     "deepspeed_moe_layer_cls_names": "DEEPSPEED_MOE_LAYER_CLS_NAMES",
     "auto_policy": "AUTO_POLICY",
+    "debug": "DEBUG_MODE",
 }
 
 _TRUE = {"1", "true", "t", "yes", "y", "on"}

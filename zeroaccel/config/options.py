@@ -10,7 +10,7 @@ from typing import Any
 
 from zeroaccel.config import environment
 from zeroaccel.config.types import DDPCommunicationHookType, DynamoBackend
-from zeroaccel.errors import ConfigError
+from zeroaccel.errors import ConfigError, UnsupportedError
 
 
 class KwargsHandler:
@@ -195,6 +195,7 @@ class TorchDynamoPlugin(KwargsHandler):
 
     Raises:
         ConfigError: a backend that is unknown.
+        UnsupportedError: regional compilation.
     """
 
     backend: DynamoBackend | str | None = None
@@ -215,5 +216,17 @@ class TorchDynamoPlugin(KwargsHandler):
             self.fullgraph = environment.flag("DYNAMO_USE_FULLGRAPH")
         if self.use_regional_compilation is None:
             self.use_regional_compilation = environment.flag("DYNAMO_USE_REGIONAL_COMPILATION")
+        if self.use_regional_compilation:
+            raise UnsupportedError("use_regional_compilation is not supported: leave it out, models are compiled whole")
         if self.dynamic is None and environment.lookup("DYNAMO_USE_DYNAMIC") is not None:
             self.dynamic = environment.flag("DYNAMO_USE_DYNAMIC")
+
+    def compile_options(self) -> dict[str, Any] | None:
+        """Keyword arguments of `torch.compile`; None where nothing is compiled."""
+        assert isinstance(self.backend, DynamoBackend)
+        if self.backend is DynamoBackend.NO:
+            return None
+        options = {"fullgraph": self.fullgraph, "dynamic": self.dynamic, "options": self.options}
+        if self.mode != "default":  # PyTorch takes either a mode or options
+            options["mode"] = self.mode
+        return {"backend": self.backend.value.lower(), "disable": self.disable, **options}

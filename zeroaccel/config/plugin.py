@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zeroaccel.config import environment
+from zeroaccel.config import checks, environment
 from zeroaccel.config.document import HfDeepSpeedConfig
-from zeroaccel.config.precedence import ARGUMENT, DEFAULT, FIELD_KEYS, MISSING_STEPS, Source, losers_warning
+from zeroaccel.config.facts import ResolvedConfig
+from zeroaccel.config.precedence import FIELD_KEYS, WITHOUT_KEY, Level, Said, settle, warn_losers
+from zeroaccel.config.provenance import Provenance
 from zeroaccel.errors import ConfigError, UnsupportedError
-
-if TYPE_CHECKING:
-    from zeroaccel.config.auto import ResolvedConfig
 
 AUTO_POLICIES = ("fast", "accelerate")
 
 
 def _steps(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    return text if text == "auto" else int(text)
 
 
 def _clipping(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
+def _flag(text: str) -> bool:
+    return environment.parse_bool(text, "it")
+
+
 # field -> (variable, how its text is read, default)
-_LAUNCHER_FIELDS: dict[str, tuple[str, Any, Any]] = {
+_LAUNCHER_FIELDS: dict[str, tuple[str, Callable[[str], Any], Any]] = {
+    "hf_ds_config": (environment.FIELDS["deepspeed_config_file"], str, "none"),
     "gradient_accumulation_steps": (environment.FIELDS["gradient_accumulation_steps"], _steps, "auto"),
     "gradient_clipping": (environment.FIELDS["gradient_clipping"], _clipping, "auto"),
     "zero_stage": (environment.FIELDS["zero_stage"], int, 2),
@@ -38,9 +42,10 @@ _LAUNCHER_FIELDS: dict[str, tuple[str, Any, Any]] = {
     "offload_optimizer_nvme_path": (environment.FIELDS["offload_optimizer_nvme_path"], str, "none"),
     "offload_param_nvme_path": (environment.FIELDS["offload_param_nvme_path"], str, "none"),
     "zero3_save_16bit_model": (environment.FIELDS["zero3_save_16bit_model"], environment.is_true, False),
+    "zero3_init_flag": (environment.FIELDS["zero3_init_flag"], _flag, None),
+    "transformer_moe_cls_names": (environment.FIELDS["deepspeed_moe_layer_cls_names"], str, None),
     "enable_msamp": ("FP8_BACKEND", lambda text: text == "MSAMP", False),
     "msamp_opt_level": ("FP8_OPT_LEVEL", str, "O1"),
-    "hf_ds_config": (environment.FIELDS["deepspeed_config_file"], str, "none"),
     "auto_policy": (environment.FIELDS["auto_policy"], str, "fast"),
 }
 
@@ -94,40 +99,78 @@ class DeepSpeedPlugin:
     def __post_init__(self) -> None:
         self.dschf: object | None = None
         self._selected = False
-        self._sources: dict[str, Source] = {}
-        self._was_auto: dict[str, Any] = {}  # what the newest prepare() put where `auto` stood
-        self._fill_from_launcher()
+        self._provenance = Provenance()
+        said = {name: self._said(name) for name in _LAUNCHER_FIELDS}
+        losers = self._hold("hf_ds_config", said.pop("hf_ds_config"))
+        if self.hf_ds_config == "none":
+            losers += self._hold_all(said)
+            self.hf_ds_config = HfDeepSpeedConfig(self._config_from_fields())
+            self.hf_ds_config.origin = "DeepSpeedPlugin"
+        else:
+            self._read_document()
+            asked = {key: settle(key, said[name])[0].value for name, key in FIELD_KEYS.items()}
+            self._refuse_ambiguous_fields(asked)
+            losers += self._hold_all(said | self._said_by_document(said))
+            if self.hf_ds_config.get_value("gradient_accumulation_steps") is None:
+                self.hf_ds_config.config["gradient_accumulation_steps"] = self.gradient_accumulation_steps
+            for key in asked:
+                self.fill_match(key, must_match=False, **asked)
+        warn_losers(losers)
+        self.hf_ds_config.set_stage_and_offload()
         if self.auto_policy not in AUTO_POLICIES:
             raise ConfigError(f"auto_policy={self.auto_policy!r} is unknown: choose from {list(AUTO_POLICIES)}")
-        if self.hf_ds_config == "none":
-            self.hf_ds_config = HfDeepSpeedConfig(self._config_from_fields())
-        else:
-            self._adopt_document()
         self.deepspeed_config: dict[str, Any] = self.hf_ds_config.config
-        self.deepspeed_config["steps_per_print"] = float("inf")  # DeepSpeed's progress lines are not for stdout
+        with self._provenance.writing(self.deepspeed_config, "rule: DeepSpeed's progress lines stay off stdout"):
+            self.deepspeed_config["steps_per_print"] = float("inf")
         self._decide_zero3_init()
         self._add_msamp()
+        self._provenance.note(self.deepspeed_config)
 
     # --- construction -------------------------------------------------------------------------------------------
 
-    def _fill_from_launcher(self) -> None:
-        for name, (variable, read, default) in _LAUNCHER_FIELDS.items():
-            if getattr(self, name) is not None:
-                self._sources[name] = ARGUMENT
-                continue
-            setting = environment.lookup(variable)
-            self._sources[name] = DEFAULT if setting is None else Source(setting.variable, typed=True)
+    def _said(self, name: str) -> list[Said]:
+        """What argument, launcher and default say about a field."""
+        variable, read, default = _LAUNCHER_FIELDS[name]
+        said = [Said(default, Level.RULE, "default")]
+        if (argument := getattr(self, name)) is not None:
+            said.append(Said(argument, Level.PLUGIN, f"DeepSpeedPlugin({name}=...)"))
+        if (setting := environment.lookup(variable)) is not None:
             try:
-                setattr(self, name, default if setting is None else read(setting.value))
+                said.append(Said(read(setting.value), Level.LAUNCHER, setting.variable))
             except ValueError as error:
-                assert setting is not None
-                raise ConfigError(f"{setting.variable}={setting.value!r} cannot be read as {name}: {error}") from error
+                raise ConfigError(
+                    f"{setting.variable}={setting.value!r} cannot be read as {name}: {error}; correct or unset it"
+                ) from error
+        return said
+
+    def _said_by_document(self, said: dict[str, list[Said]]) -> dict[str, list[Said]]:
+        """The same for the fields about which the document has a number, or nothing at all."""
+        found = {}
+        for name, key in FIELD_KEYS.items():
+            value, source = self.hf_ds_config.get_value(key), self._stated_source(key)
+            if value is None:
+                value, source = WITHOUT_KEY[key], f"{self._origin} has none"
+            if value != "auto":
+                found[name] = [*said[name], Said(value, Level.DOCUMENT, source)]
+        return found
+
+    def _hold_all(self, said: dict[str, list[Said]]) -> list[str]:
+        return [line for name, given in said.items() for line in self._hold(name, given)]
+
+    def _hold(self, name: str, said: list[Said]) -> list[str]:
+        """Sets a field to what holds; returns what lost."""
+        winner, losers = settle(name, said)
+        setattr(self, name, winner.value)
+        if name in FIELD_KEYS:
+            self._provenance.sources[FIELD_KEYS[name]] = winner.source
+        return losers
 
     def _config_from_fields(self) -> dict[str, Any]:
-        config: dict[str, Any] = {
+        return {
             "train_batch_size": "auto",
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "gradient_clipping": self.gradient_clipping,
             "zero_optimization": {
                 "stage": self.zero_stage,
                 "offload_optimizer": _offload(self.offload_optimizer_device, self.offload_optimizer_nvme_path),
@@ -135,51 +178,53 @@ class DeepSpeedPlugin:
                 "stage3_gather_16bit_weights_on_model_save": self.zero3_save_16bit_model,
             },
         }
-        if self.gradient_clipping:  # 0 is DeepSpeed's own default
-            config["gradient_clipping"] = self.gradient_clipping
-        return config
 
-    def _adopt_document(self) -> None:
+    def _read_document(self) -> None:
         if not hasattr(self.hf_ds_config, "find_config_node"):
             self.hf_ds_config = HfDeepSpeedConfig(self.hf_ds_config)
         config = self.hf_ds_config.config
-        if "gradient_accumulation_steps" not in config:
-            config["gradient_accumulation_steps"] = MISSING_STEPS
-        if "zero_optimization" not in config:
-            raise ConfigError(
-                f"the DeepSpeed config ({self._origin}) has no zero_optimization section: add one, e.g."
-                ' "zero_optimization": {"stage": 2}'
-            )
-        self._deepspeed_config_checks()
-        asked = {key: getattr(self, name) for name, key in FIELD_KEYS.items()}
-        for key in asked:
-            self.fill_match(key, must_match=False, **asked)
-        self.hf_ds_config.set_stage_and_offload()
-        self._follow_document(asked)
+        if problems := checks.sections(config, self._origin):
+            raise ConfigError.join(problems)
+        if config.get("gradient_clipping") is None:
+            config["gradient_clipping"] = "auto"
 
-    def _follow_document(self, asked: dict[str, Any]) -> None:
-        """A number in the document beats the field, which then shows it."""
-        losers = []
-        for name, key in FIELD_KEYS.items():
-            value = self.hf_ds_config.get_value(key)
-            if value is None or value == "auto":
-                continue
-            if self._sources[name].typed and asked[key] not in (value, "auto"):
-                losers.append((key, value, self._origin, asked[key], self._sources[name].shown(name)))
-            if asked[key] != value:
-                self._sources[name] = Source(self._origin, typed=True)
-            setattr(self, name, value)
-        if losers:
-            warnings.warn(losers_warning(losers), stacklevel=5)
+    def _refuse_ambiguous_fields(self, asked: dict[str, Any]) -> None:
+        """Fields of the launch config file that a DeepSpeed config makes ambiguous, unless both say the same."""
+        named = environment.text(environment.FIELDS["deepspeed_fields_from_config"]) or ""
+        ambiguous = []
+        for name in named.split(","):
+            key = FIELD_KEYS.get(name)
+            if key is not None and self.hf_ds_config.get_value(key, WITHOUT_KEY.get(key)) != asked[key]:
+                ambiguous.append(name)
+            if name == "mixed_precision" and self._precision() != (environment.text("MIXED_PRECISION") or "no"):
+                ambiguous.append(name)
+        if ambiguous:
+            raise ConfigError(
+                f"the launch config file sets {', '.join(ambiguous)} beside deepspeed_config_file ({self._origin}), so"
+                " it is not clear which holds: remove them from the launch config file, or write the config anew with"
+                " `zeroaccel config`, which asks only for what applies"
+            )
+
+    def _precision(self) -> str:
+        """The 16-bit type that the document enables, "no", or "auto"."""
+        enabled = {name: self.hf_ds_config.get_value(f"{name}.enabled", False) for name in ("fp16", "bf16")}
+        if "auto" in enabled.values():
+            return "auto"
+        return next((name for name, value in enabled.items() if value), "no")
 
     @property
     def _origin(self) -> str:
         return getattr(self.hf_ds_config, "origin", type(self.hf_ds_config).__name__)
 
+    def _stated_source(self, key: str) -> str:
+        document = self.hf_ds_config
+        # transformers' and Accelerate's own documents do not know their lines.
+        return str(document.source_of(key)) if isinstance(document, HfDeepSpeedConfig) else self._origin
+
     def _decide_zero3_init(self) -> None:
         stage3 = self.hf_ds_config.is_zero3()
         if self.zero3_init_flag is None:
-            self.zero3_init_flag = environment.flag(environment.FIELDS["zero3_init_flag"], default=stage3)
+            self.zero3_init_flag = stage3
         if self.zero3_init_flag and not stage3:
             warnings.warn("zero3_init_flag works at ZeRO stage 3 only: it is switched off", stacklevel=4)
             self.zero3_init_flag = False
@@ -191,22 +236,8 @@ class DeepSpeedPlugin:
             raise UnsupportedError("MS-AMP does not work at ZeRO stage 3: use stage 0, 1 or 2")
         if self.msamp_opt_level not in ("O1", "O2"):
             raise ConfigError(f"msamp_opt_level={self.msamp_opt_level!r} is unknown: use 'O1' or 'O2'")
-        self.deepspeed_config["msamp"] = {"enabled": True, "opt_level": self.msamp_opt_level}
-
-    def _deepspeed_config_checks(self) -> None:
-        """Fields of the YAML file that a DeepSpeed config file makes ambiguous, unless they say the same."""
-        named = environment.text(environment.FIELDS["deepspeed_fields_from_config"])
-        ambiguous = []
-        for name in filter(None, (named or "").split(",")):
-            key = FIELD_KEYS.get(name)
-            if name == "mixed_precision" or (key and self.hf_ds_config.get_value(key) != getattr(self, name)):
-                ambiguous.append(name)
-        if ambiguous:
-            raise ConfigError(
-                f"the launch config file sets {', '.join(ambiguous)} beside deepspeed_config_file ({self._origin}), so"
-                " it is not clear which holds: remove them from the launch config file, or write the config anew with"
-                " `zeroaccel config`, which asks only for what applies"
-            )
+        with self._provenance.writing(self.deepspeed_config, "enable_msamp"):
+            self.deepspeed_config["msamp"] = {"enabled": True, "opt_level": self.msamp_opt_level}
 
     # --- questions and changes ----------------------------------------------------------------------------------
 
@@ -268,41 +299,51 @@ class DeepSpeedPlugin:
         if mismatches and not prefix:
             raise ConfigError(f"{'; '.join(mismatches)}: make them equal, or write 'auto' in the DeepSpeed config")
 
-    def set_mixed_precision(self, mixed_precision: str) -> None:
+    def set_mixed_precision(self, mixed_precision: str, source: str | None = None) -> None:
         """Writes the precision into the config where it leaves it open; fp8 runs on bf16.
+
+        Args:
+            mixed_precision: "no", "fp16", "bf16" or "fp8".
+            source: who asked for it, for messages and `explain()`; None: nobody did.
 
         Raises:
             ConfigError: the config enables the other 16-bit type.
         """
         wanted = "bf16" if mixed_precision == "fp8" else mixed_precision
-        config = self.deepspeed_config
         other = {"fp16": "bf16", "bf16": "fp16"}.get(wanted)
-        if other is not None and str(config.get(other, {}).get("enabled", "False")).lower() == "true":
+        said = f"mixed_precision={mixed_precision!r}" + (f" ({source})" if source else "")
+        if other is not None and self._enables(other):
             raise ConfigError(
-                f"mixed_precision={mixed_precision!r}, but the DeepSpeed config ({self._origin}) enables {other}:"
-                f" write 'auto' for {other}.enabled there, or use mixed_precision={other!r}"
+                f"{said}, but the DeepSpeed config ({self.source_of(f'{other}.enabled')}) enables {other}: write 'auto'"
+                f" for {other}.enabled there, or use mixed_precision={other!r}"
             )
-        if wanted == "fp16":
-            config.setdefault("fp16", {"enabled": True, "auto_cast": True})
-        elif wanted == "bf16":
-            config.setdefault("bf16", {"enabled": True})
-        if mixed_precision == "fp8" and self.enable_msamp:
-            config.setdefault("msamp", {"enabled": True, "opt_level": self.msamp_opt_level})
-        for name in ("fp16", "bf16"):
-            config.setdefault(name, {"enabled": False})
-            values: dict[str, Any] = {f"{name}.enabled": wanted == name}
-            self.fill_match(f"{name}.enabled", must_match=False, **values)
-        if other is not None and config[wanted].get("enabled") is False:
-            warnings.warn(
-                f"mixed_precision={mixed_precision!r} has no effect: the DeepSpeed config ({self._origin}) switches"
-                f" {wanted} off",
-                stacklevel=2,
-            )
+        if mixed_precision == "fp8":
+            self._add_msamp()
+        config = self.deepspeed_config
+        with self._provenance.writing(config, source or "default"):
+            if wanted == "fp16":
+                config.setdefault("fp16", {"enabled": True, "auto_cast": True})
+            elif wanted == "bf16":
+                config.setdefault("bf16", {"enabled": True})
+            for name in ("fp16", "bf16"):
+                config.setdefault(name, {"enabled": False})
+                values: dict[str, Any] = {f"{name}.enabled": wanted == name}
+                self.fill_match(f"{name}.enabled", must_match=False, **values)
+        self._warn_precision(mixed_precision, wanted, said, typed=source is not None)
+
+    def _enables(self, precision: str) -> bool:
+        return str(self.get_value(f"{precision}.enabled", False)).lower() == "true"
+
+    def _warn_precision(self, mixed_precision: str, wanted: str, said: str, typed: bool) -> None:
+        runs = next((name for name in ("fp16", "bf16") if self._enables(name)), "no")
+        if runs != wanted and (typed or wanted != "no"):
+            where = self.source_of(f"{wanted if runs == 'no' else runs}.enabled")
+            warnings.warn(f"{said} has no effect: the DeepSpeed config ({where}) says {runs!r}", stacklevel=3)
+        elif mixed_precision == "fp8":
+            warnings.warn(f"{said} trains in bf16: no layer is replaced by an fp8 one", stacklevel=3)
 
     def set_moe_leaf_modules(self, model: Any) -> None:
         """Makes stage 3 gather mixture-of-experts layers as a whole, where `transformer_moe_cls_names` names them."""
-        if self.transformer_moe_cls_names is None:
-            self.transformer_moe_cls_names = environment.text(environment.FIELDS["deepspeed_moe_layer_cls_names"])
         if self.transformer_moe_cls_names is not None:
             from zeroaccel.engine.zero3 import set_leaf_modules
 
@@ -364,33 +405,24 @@ class DeepSpeedPlugin:
     # --- prepare ------------------------------------------------------------------------------------------------
 
     def intent(self) -> dict[str, Any]:
-        """A copy of the config with `"auto"` where only the newest `prepare()` had put a value."""
-        config = HfDeepSpeedConfig(self.deepspeed_config)
-        for key, value in self._was_auto.items():
-            node, name = config.find_config_node(key)
-            if node is not None and node.get(name) == value:
-                node[name] = "auto"
-        return config.config
+        """A copy of the config as it was asked for: `"auto"` again where only `prepare()` had put a value."""
+        return self._provenance.intent(self.deepspeed_config)
 
     def source_of(self, key: str) -> str:
         """Where the value of a dotted key comes from, in words."""
-        name = next((name for name, known in FIELD_KEYS.items() if known == key), None)
-        if name is not None and name in self._sources:
-            return self._sources[name].shown(name)
-        return self._origin
+        return self._provenance.source_of(key, self.deepspeed_config, self._stated_source)
 
     def adopt(self, resolved: ResolvedConfig) -> None:
         """Shows what `prepare()` resolved, in `deepspeed_config` and in the fields."""
-        self._was_auto = {entry.key: entry.value for entry in resolved.entries if entry.was_auto}
         config = self.deepspeed_config
+        self._provenance.note_resolved(config, resolved.config)
         config.clear()
         config.update(copy.deepcopy(resolved.config))
         self.hf_ds_config.config = config
         self.hf_ds_config.set_stage_and_offload()
         for name, key in FIELD_KEYS.items():
             value = self.hf_ds_config.get_value(key)
-            if value is not None:
-                setattr(self, name, value)
+            setattr(self, name, WITHOUT_KEY.get(key) if value is None else value)
 
 
 def _offload(device: str, nvme_path: str) -> dict[str, Any]:

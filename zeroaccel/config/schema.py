@@ -5,37 +5,15 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-# Modules whose string constants name top-level keys.
-_KEY_MODULES = (
-    "deepspeed.runtime.constants",
-    "deepspeed.runtime.data_pipeline.constants",
-    "deepspeed.autotuning.constants",
-    "deepspeed.elasticity.constants",
-    "deepspeed.compression.constants",
-    "deepspeed.profiling.constants",
-    "deepspeed.runtime.swap_tensor.constants",
-    "deepspeed.runtime.activation_checkpointing.config",
-    "deepspeed.runtime.zero.config",
-    "deepspeed.runtime.precision_config",
-    "deepspeed.runtime.model_checkpointing.constants",
-    "deepspeed.nebula.constants",
-    "deepspeed.utils.config",
-)
-# Top-level keys that DeepSpeed, or the libraries on top of it, write as plain text in their code.
-_WRITTEN_KEYS = {
-    "zero_optimization", "fp16", "bf16", "amp", "bfloat16", "compile", "tensor_parallel", "expert_parallel", "pipeline",
-    "hybrid_engine", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "aio", "msamp", "data_types",
-    "checkpoint", "weight_quantization", "compression_training", "data_efficiency", "curriculum_learning", "elasticity",
-    "autotuning", "flops_profiler", "activation_checkpointing", "sparse_attention", "timers", "nebula",
-    "monitor_config", "sequence_parallel_size", "data_parallel_size", "torch_autocast",
-    "use_data_before_expert_parallel",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "eigenvalue", "progressive_layer_drop",
-    "quantize_training", "load_universal_checkpoint", "use_node_local_storage", "vocabulary_size",
-    "sub_group_size", "communication_data_type", "deepcompile", "inference", "moe",
-}  # fmt: skip
+# Top-level keys that DeepSpeed or MS-AMP reads elsewhere than in its config class.
+_READ_ELSEWHERE = frozenset({"sequence_parallel_size", "data_parallel_size", "msamp"})
+_WRITTEN_OUT = {
+    "optimizer": frozenset({"type", "params", "legacy_fusion"}),
+    "scheduler": frozenset({"type", "params"}),
+}
 # Section -> the model that reads it.
 _SECTION_MODELS = {
     "zero_optimization": "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
@@ -44,6 +22,7 @@ _SECTION_MODELS = {
     "zero_optimization.zenflow": "deepspeed.runtime.zenflow.zenflow_config:ZenFlowConfig",
     "fp16": "deepspeed.runtime.precision_config:DeepSpeedFP16Config",
     "bf16": "deepspeed.runtime.precision_config:DeepSpeedBF16Config",
+    "bfloat16": "deepspeed.runtime.precision_config:DeepSpeedBF16Config",
     "tensorboard": "deepspeed.monitor.config:TensorBoardConfig",
     "wandb": "deepspeed.monitor.config:WandbConfig",
     "csv_monitor": "deepspeed.monitor.config:CSVConfig",
@@ -52,42 +31,77 @@ _SECTION_MODELS = {
     "compile": "deepspeed.compile.config:CompileConfig",
     "hybrid_engine": "deepspeed.runtime.config:HybridEngineConfig",
 }
-_OPTIMIZER_KEYS = frozenset({"type", "params", "legacy_fusion"})
-_SCHEDULER_KEYS = frozenset({"type", "params"})
+
+
+class _Recorder(dict[str, Any]):
+    """A dictionary that remembers which keys were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:  # DeepSpeed writes `key in config.keys()`
+        return self
 
 
 @functools.cache
 def known_keys(section: str) -> frozenset[str] | None:
     """The keys of a section ("" for the top level), or None where DeepSpeed takes any."""
-    if section == "":
-        return frozenset(_WRITTEN_KEYS | set(_constants()))
-    if section in ("optimizer", "scheduler"):
-        return _OPTIMIZER_KEYS if section == "optimizer" else _SCHEDULER_KEYS
-    if section not in _SECTION_MODELS:
+    if section in _WRITTEN_OUT:
+        return _WRITTEN_OUT[section]
+    if section in _SECTION_MODELS:
+        module, name = _SECTION_MODELS[section].split(":")
+        fields = getattr(importlib.import_module(module), name).model_fields
+        return frozenset(fields) | {field.alias for field in fields.values() if field.alias}
+    if "." in section:
         return None
-    module, name = _SECTION_MODELS[section].split(":")
-    fields = getattr(importlib.import_module(module), name).model_fields
-    # fp16.auto_cast and the like are fields too; aliases are what users write.
-    return frozenset(fields) | {field.alias for field in fields.values() if field.alias}
+    asked = _asked_by_deepspeed(section) - set(_removed(section))
+    if not section:
+        return frozenset(asked | _READ_ELSEWHERE)
+    return frozenset(asked) or None
 
 
-def _constants() -> Iterator[str]:
-    for name in _KEY_MODULES:
-        try:
-            module = importlib.import_module(name)
-        except ImportError:  # not in every version of DeepSpeed
-            continue
-        for value in vars(module).values():
-            if isinstance(value, str) and value.isidentifier() and value == value.lower():
-                yield value
+def _asked_by_deepspeed(section: str) -> set[str]:
+    """What DeepSpeed's config class looks up there."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    whole = _Recorder({"train_batch_size": 1})
+    asked = whole.asked
+    if section:
+        whole[section] = inner = _Recorder({})
+        asked = inner.asked
+    DeepSpeedConfig(whole)
+    return asked
+
+
+def _removed(section: str) -> dict[str, str]:
+    """Keys that this version of DeepSpeed has given up, with its explanation."""
+    from deepspeed.runtime import config
+
+    names = {"": "_REMOVED_TOP_LEVEL_CONFIG_KEYS", "zero_optimization": "_REMOVED_ZERO_CONFIG_KEYS"}
+    return getattr(config, names[section], {}) if section in names else {}
 
 
 def check(config: Mapping[str, Any], section: str = "") -> list[str]:
     """A line for every key that DeepSpeed does not know, with the nearest one that it does."""
-    known, problems = known_keys(section), []
+    known, removed, problems = known_keys(section), _removed(section), []
     for key, value in config.items():
         path = f"{section}.{key}" if section else key
-        if known is not None and key not in known:
+        if key in removed:
+            problems.append(f"{path} cannot be used, remove it: {removed[key].strip()}")
+        elif known is not None and key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1)
             remedy = f"did you mean {near[0]!r}?" if near else "remove it"
             problems.append(f"{path} is no key that DeepSpeed knows: {remedy}")
