@@ -91,6 +91,8 @@ def use_device(device: torch.device) -> None:
     accelerator = get_accelerator()
     if device.type != "cpu":
         return
+    # Serves inference only, but would be compiled wherever a process group starts, and fail there without ninja.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerator.device_name() != "cpu":
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 

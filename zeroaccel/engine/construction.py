@@ -1,5 +1,6 @@
-"""`deepspeed.initialize`, without what its constructors silently do to the user's optimizer (DeepSpeed 0.19.8).
+"""`deepspeed.initialize`, without what its constructors do wrong to the user's model and optimizer (DeepSpeed 0.19.8).
 
+- A parameter without dimensions fails in the first broadcast.
 - Stage 0 in 16 bit takes a hidden step with zero gradients: weight decay shrinks the masters, Adam counts from 1.
 - ZeRO makes torch's Adagrad anew from its defaults: param groups lose their own learning rate and weight decay.
 - Stage 0 in fp16 begins at loss scale 65536 whatever `initial_scale_power` says, unless the optimizer is fused.
@@ -13,15 +14,17 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 
 def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize(**arguments)`: engine, optimizer, loader and scheduler."""
-    with _honest_states():
+    with _patched():
         engine, optimizer, loader, scheduler = deepspeed.initialize(**arguments)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer) and engine.fp16_enabled() and engine.dynamic_loss_scale():
         engine.optimizer.loss_scale_config.cur_scale = float(engine.initial_dynamic_scale())
@@ -29,20 +32,52 @@ def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
 
 
 @contextmanager
-def _honest_states() -> Iterator[None]:
-    """DeepSpeed's optimizers make their state without stepping and without replacing the optimizer inside."""
+def _patched() -> Iterator[None]:
     zero: tuple[Any, ...] = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
-    wrappers: tuple[Any, ...] = (FP16_Optimizer, FP16_UnfusedOptimizer)
-    originals = {kind: kind.initialize_optimizer_states for kind in (*zero, *wrappers)}
-    for kind in zero:
-        kind.initialize_optimizer_states = _keeping_optimizer(kind.initialize_optimizer_states)
-    for kind in wrappers:
-        kind.initialize_optimizer_states = _hand_over_state
+    methods: list[tuple[Any, str, Any]] = [
+        *((kind, "initialize_optimizer_states", _keeping_optimizer(kind.initialize_optimizer_states)) for kind in zero),
+        (FP16_UnfusedOptimizer, "initialize_optimizer_states", _hand_over_state),
+        # FusedAdam makes its state at the first step.
+        (FP16_Optimizer, "initialize_optimizer_states", lambda self: None),
+        (DeepSpeedEngine, "_broadcast_model", _with_dimensions(DeepSpeedEngine._broadcast_model)),
+        (Init, "_zero_init_param", _partitioning_scalars(Init._zero_init_param)),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in methods]
+    for owner, name, method in methods:
+        setattr(owner, name, method)
     try:
         yield
     finally:
-        for kind, original in originals.items():
-            kind.initialize_optimizer_states = original
+        for owner, name, method in originals:
+            setattr(owner, name, method)
+
+
+def _with_dimensions(broadcast_model: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Parameters without dimensions have one for as long as they are broadcast as bytes."""
+
+    def broadcast(engine: Any) -> None:
+        scalars = [parameter for parameter in engine.module.parameters() if parameter.dim() == 0]
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        broadcast_model(engine)
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
+
+    return broadcast
+
+
+def _partitioning_scalars(partition: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """The same for stage 3, which notes the shape to gather."""
+
+    def partition_any(init: Any, parameter: Any) -> None:
+        scalar = parameter.dim() == 0
+        if scalar:
+            parameter.data = parameter.data.view(1)
+        partition(init, parameter)
+        if scalar:
+            parameter.ds_shape = torch.Size([])
+
+    return partition_any
 
 
 def _keeping_optimizer(initialize_states: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -59,8 +94,6 @@ def _keeping_optimizer(initialize_states: Callable[[Any], None]) -> Callable[[An
 
 def _hand_over_state(wrapper: Any) -> None:
     """State that the optimizer made at birth (Adagrad) moves from the 16-bit weights to their fp32 masters."""
-    if isinstance(wrapper, FP16_Optimizer):  # for FusedAdam, which makes its state at the first step
-        return
     state = wrapper.optimizer.state
     for weights, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
         for weight, master in zip(weights, masters, strict=True):

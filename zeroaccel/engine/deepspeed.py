@@ -7,28 +7,29 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import deepspeed
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from zeroaccel.config import auto, schema
-from zeroaccel.config.auto import Facts, ResolvedConfig
-from zeroaccel.engine import compat, facts, stepping
+from zeroaccel.config.facts import Facts, ResolvedConfig
+from zeroaccel.engine import compat, construction, facts, stepping
 from zeroaccel.engine.arguments import (
-    DEEPSPEED_SCHEDULERS,
     Kind,
     distinct,
+    drop_idle_groups,
+    is_deepspeed_scheduler,
     mark_prepared,
-    owned_by,
+    optimizer_of_each,
     parameters_of,
     refuse_device_map,
     replace,
 )
 from zeroaccel.engine.backend import Setup
-from zeroaccel.engine.offload import for_offload, refuse_shape_dependent
+from zeroaccel.engine.offload import for_offload, refuse_unshardable
 from zeroaccel.engine.optimizer import DeepSpeedOptimizerWrapper, DummyOptim
 from zeroaccel.engine.precision import guard_inputs
-from zeroaccel.engine.scheduler import AcceleratedScheduler, DeepSpeedSchedulerWrapper, DummyScheduler
+from zeroaccel.engine.quiet import quiet_deepspeed
+from zeroaccel.engine.scheduler import AcceleratedScheduler, DeepSpeedSchedulerWrapper, DummyScheduler, redirect
 from zeroaccel.engine.stepping import Stepper
 from zeroaccel.errors import ConfigError, UnsupportedError, UsageError
 from zeroaccel.logging import library_logger
@@ -45,13 +46,15 @@ class DeepSpeedBackend:
     def __init__(self, setup: Setup, state: AcceleratorState, gradient_state: GradientState) -> None:
         compat.use_device(state.device)
         compat.check_deepspeed()
+        quiet_deepspeed()
         self._setup = setup
         self._state = state
         self._gradient_state = gradient_state
         self._steppers: list[Stepper] = []
         self._optimizers: list[tuple[Any, DeepSpeedOptimizerWrapper]] = []  # the user's, what became of it
         self._resolved: ResolvedConfig | None = None
-        self._micro_batch_size: int | None = 1 if setup.implicit_plugin else None
+        self._micro_batch_size: int | None = None
+        self._early_loaders: list[Any] = []  # prepared before the first model
 
     # --- prepare ------------------------------------------------------------------------------------------------
 
@@ -65,46 +68,62 @@ class DeepSpeedBackend:
             raise ConfigError(
                 "device_placement cannot be chosen under DeepSpeed, which places models itself: leave it out"
             )
-        models = distinct(objects, Kind.MODEL)
+        models, loaders = distinct(objects, Kind.MODEL), distinct(objects, Kind.LOADER)
         optimizers, schedulers = distinct(objects, Kind.OPTIMIZER), distinct(objects, Kind.SCHEDULER)
-        loaders = distinct(objects, Kind.LOADER)
+        self._refuse_again([*models, *optimizers])
         refuse_device_map(models, distributed=True)
+        scheduler_of = self._schedulers_by_optimizer(schedulers, optimizers)
+        pairs = list(zip(models, optimizer_of_each(models, optimizers), strict=True))
         replacements: dict[int, Any] = {id(loader): self._setup.prepare_loader(loader) for loader in loaders}
-        for model in models:
-            optimizer = owned_by(model, optimizers, parameters_of, "optimizer")
-            scheduler = self._scheduler_for(optimizer, schedulers, alone=len(models) == 1)
-            made = self._prepare_model(model, optimizer, scheduler, loaders)
+        for model, optimizer in pairs:
+            if next(model.parameters(), None) is None:  # a loss, say: nothing to train or to shard
+                model.to(self._state.device)
+                continue
+            made = self._prepare_model(model, optimizer, scheduler_of.get(id(optimizer)), loaders)
             replacements.update(made)
-        if not models and loaders:
-            self._note_batch_size(loaders)
-        for optimizer in optimizers:
-            if id(optimizer) not in replacements:
-                raise ConfigError(
-                    f"{type(optimizer).__name__} holds no parameter of a model in this prepare() call: DeepSpeed shards"
-                    " both together, so pass both: model, optimizer = accelerator.prepare(model, optimizer)"
-                )
+        if not models and self._micro_batch_size is None:
+            self._early_loaders += loaders
         for scheduler in schedulers:
             if id(scheduler) not in replacements:
-                replacements[id(scheduler)] = self.prepare_scheduler(scheduler, [w for _, w in self._optimizers])
+                replacements[id(scheduler)] = self.prepare_scheduler(scheduler, [])
         return replace(objects, replacements)
 
-    def _scheduler_for(self, optimizer: Any, schedulers: list[Any], alone: bool) -> Any:
-        if alone and len(schedulers) == 1:
-            return schedulers[0]
-        return next((s for s in schedulers if getattr(s, "optimizer", None) is optimizer), None)
+    def _refuse_again(self, values: list[Any]) -> None:
+        known = [
+            *(stepper.engine.module for stepper in self._steppers),
+            *(original for original, _ in self._optimizers),
+        ]
+        for value in values:
+            if any(value is other for other in known):
+                raise ConfigError(
+                    f"this {type(value).__name__} was prepared before: go on with what that prepare() returned"
+                )
+
+    def _schedulers_by_optimizer(self, schedulers: list[Any], optimizers: list[Any]) -> dict[int, Any]:
+        """The first scheduler of each optimizer in this call, by the optimizer's `id`; others' are checked."""
+        found: dict[int, Any] = {}
+        for scheduler in schedulers:
+            own = getattr(scheduler, "optimizer", None)
+            if any(own is optimizer for optimizer in optimizers):
+                found.setdefault(id(own), scheduler)
+            else:
+                self._driven_by(scheduler)
+        return found
 
     def _resolve(
         self, model: torch.nn.Module, optimizer: Any, scheduler: Any, loaders: list[Any]
     ) -> tuple[Any, dict[str, Any]]:
         plugin = self._state.deepspeed_plugin
         assert plugin is not None
+        if not loaders and self._micro_batch_size is None:
+            loaders = self._early_loaders
         known = Facts(
             world_size=self._state.num_processes,
             split_batches=self._setup.split_batches,
             accumulation_steps=self._gradient_state.num_steps,
             accumulation_typed=self._setup.accumulation_typed,
             loaders=facts.loader_facts(loaders),
-            known_micro_batch_size=self._micro_batch_size,
+            known_micro_batch_size=self._micro_batch_size or (1 if self._setup.implicit_plugin else None),
             model=facts.model_fact(model),
             optimizer=None if optimizer is None else facts.optimizer_fact(optimizer),
             scheduler=None if scheduler is None else facts.scheduler_fact(scheduler),
@@ -120,35 +139,33 @@ class DeepSpeedBackend:
         self._gradient_state.plugin_kwargs["num_steps"] = int(resolved.config["gradient_accumulation_steps"])
         return plugin, copy.deepcopy(resolved.config)
 
-    def _note_batch_size(self, loaders: list[Any]) -> None:
-        """Remembers the batch size of loaders that are prepared apart from the model."""
-        sizes = [fact.batch_size for fact in facts.loader_facts(loaders) if fact.training and fact.batch_size]
-        if sizes:
-            share = self._state.num_processes if self._setup.split_batches else 1
-            self._micro_batch_size = max(1, min(sizes) // share)
-
     def _prepare_model(
         self, model: torch.nn.Module, optimizer: Any, scheduler: Any, loaders: list[Any]
     ) -> dict[int, Any]:
         plugin, config = self._resolve(model, optimizer, scheduler, loaders)
-        stage = int(config["zero_optimization"]["stage"])
+        stage = int(config["zero_optimization"].get("stage", 0))
         if optimizer is None and stage in (1, 2):
             raise ConfigError(
                 f"ZeRO stage {stage} shards an optimizer, but prepare() got a {type(model).__name__} without one:"
                 " pass the optimizer in the same call, or use zero_stage=3 (or 0) for inference"
             )
+        if stage == 0:  # offloads nothing, but DeepSpeed would ask for an optimizer on the CPU all the same
+            config["zero_optimization"].pop("offload_optimizer", None)
+        if not config["fp16"]["enabled"]:  # else DeepSpeed casts inputs of fp32 and bf16 models, too
+            config["fp16"].pop("auto_cast", None)
         plugin.set_moe_leaf_modules(model)
         arguments: dict[str, Any] = {"model": model, "config": config}
+        if optimizer is not None:
+            drop_idle_groups(optimizer, scheduler, stage)
         if isinstance(optimizer, DummyOptim):
             arguments["model_parameters"] = optimizer.params
         elif optimizer is not None:
-            refuse_shape_dependent(optimizer, stage)
-            config["zero_allow_untested_optimizer"] = True
+            refuse_unshardable(optimizer, stage)
             arguments["optimizer"] = for_offload(optimizer, config)
         self._hand_over_scheduler(scheduler, arguments)
         # DeepSpeed replaces the groups' parameters by its flat partitions, so they are noted before.
         trained = {id(p) for p in parameters_of(optimizer) if p.requires_grad} if optimizer is not None else set()
-        engine, sharded, _, engine_scheduler = deepspeed.initialize(**arguments)
+        engine, sharded, _, engine_scheduler = construction.initialize(**arguments)
         made: dict[int, Any] = {id(model): self._finish_engine(engine)}
         if optimizer is not None:
             stepper = Stepper(engine, trained, self._gradient_state)
@@ -157,21 +174,23 @@ class DeepSpeedBackend:
         return made
 
     def _hand_over_scheduler(self, scheduler: Any, arguments: dict[str, Any]) -> None:
+        """Schedulers that the engine steps itself."""
         if isinstance(scheduler, DummyScheduler):
             if scheduler.lr_scheduler_callable is not None:
                 arguments["lr_scheduler"] = scheduler.lr_scheduler_callable
-        elif type(scheduler).__name__ in DEEPSPEED_SCHEDULERS:
-            if "optimizer" in arguments:
-                scheduler.optimizer = arguments[
-                    "optimizer"
-                ]  # the one that steps, under offload another than the user's
+        elif is_deepspeed_scheduler(scheduler):
+            scheduler.optimizer = arguments["optimizer"]  # the one that steps, under offload another than the user's
             arguments["lr_scheduler"] = scheduler
 
     def _finish_engine(self, engine: Any) -> Any:
         plugin = self._state.deepspeed_plugin
         assert plugin is not None
         engine.no_sync = nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
-        guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs)
+        # DeepSpeed's own cast leaves keyword arguments out.
+        guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs or engine.fp16_auto_cast())
+        compiling = self._state.dynamo_plugin.compile_options()
+        if compiling is not None:
+            engine.compile(backend=compiling.pop("backend"), compile_kwargs=compiling)
         return mark_prepared(engine)
 
     def _wrap(
@@ -183,40 +202,37 @@ class DeepSpeedBackend:
         made = {id(optimizer): wrapper}
         if scheduler is not None and engine_scheduler is not None:
             made[id(scheduler)] = mark_prepared(DeepSpeedSchedulerWrapper(engine_scheduler, wrapper))
-        elif scheduler is not None:
-            made[id(scheduler)] = self._tie(scheduler, wrapper, stepper.engine.basic_optimizer)
         return made
 
-    def _tie(self, scheduler: Any, wrapper: DeepSpeedOptimizerWrapper, stepping_optimizer: Any) -> AcceleratedScheduler:
-        """Has a PyTorch scheduler drive the optimizer that really steps."""
-        if isinstance(scheduler, LRScheduler) and scheduler.optimizer is not stepping_optimizer:
-            scheduler.optimizer = stepping_optimizer
-            # PyTorch looks here whether a step came before the scheduler's, and warns else.
-            stepping_optimizer.step.__dict__.setdefault("_wrapped_by_lr_sched", True)
-        return mark_prepared(  # type: ignore[no-any-return]
-            AcceleratedScheduler(
-                scheduler, wrapper, self._setup.step_scheduler_with_optimizer, self._setup.split_batches
-            )
-        )
-
     def prepare_scheduler(self, scheduler: Any, optimizers: list[Any]) -> Any:
-        """A scheduler that comes after its optimizer was prepared.
+        """Has a PyTorch scheduler drive the optimizer that really steps.
+
+        Args:
+            scheduler: made from the user's optimizer, or from what `prepare()` made of it.
+            optimizers: every prepared optimizer; this backend knows its own.
 
         Raises:
-            ConfigError: no prepared optimizer is the scheduler's.
+            ConfigError: no prepared optimizer is the scheduler's, or only the engine could step it.
         """
-        if isinstance(scheduler, DummyScheduler):
+        stepper, wrapper = self._driven_by(scheduler)
+        redirect(scheduler, stepper.engine.basic_optimizer)
+        with_optimizer, split = self._setup.step_scheduler_with_optimizer, self._setup.split_batches
+        return mark_prepared(AcceleratedScheduler(scheduler, wrapper, with_optimizer, split))
+
+    def _driven_by(self, scheduler: Any) -> tuple[Stepper, DeepSpeedOptimizerWrapper]:
+        """The prepared optimizer that a PyTorch scheduler drives."""
+        name = type(scheduler).__name__
+        if not isinstance(scheduler, LRScheduler):
             raise ConfigError(
-                "DummyScheduler must be prepared together with its model and optimizer, in one prepare() call"
+                f"{name} must be prepared together with its model and optimizer, in one prepare() call, because"
+                " DeepSpeed's engine steps it"
             )
-        own = getattr(scheduler, "optimizer", None)
-        for original, wrapper in self._optimizers:
-            if own is original or own is wrapper:
-                engine_optimizer = wrapper._steps.engine.basic_optimizer  # type: ignore[attr-defined]
-                return self._tie(scheduler, wrapper, engine_optimizer)
+        for stepper, (original, wrapper) in zip(self._steppers, self._optimizers, strict=True):
+            if scheduler.optimizer is original or scheduler.optimizer is wrapper:
+                return stepper, wrapper
         raise ConfigError(
-            f"{type(scheduler).__name__} drives an optimizer that was not prepared: prepare model and optimizer first,"
-            " or all three in one call"
+            f"{name} drives an optimizer that was not prepared: prepare model and optimizer first, or all three in one"
+            " call"
         )
 
     def _log_summary(self, stepper: Stepper) -> None:
@@ -322,3 +338,5 @@ class DeepSpeedBackend:
             stepper.engine.destroy()
         self._steppers.clear()
         self._optimizers.clear()
+        self._early_loaders.clear()
+        self._micro_batch_size = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from zeroaccel.config.auto import LoaderFact, ModelFact, OptimizerFact, SchedulerFact
+from zeroaccel.config.facts import LoaderFact, ModelFact, OptimizerFact, SchedulerFact
+from zeroaccel.data_loader.loaders import get_sampler
 from zeroaccel.engine.optimizer import DummyOptim
 from zeroaccel.engine.scheduler import DummyScheduler
 
@@ -24,14 +25,15 @@ def loader_facts(loaders: list[DataLoader[Any]]) -> tuple[LoaderFact, ...]:
 
 
 def _is_shuffled(loader: DataLoader[Any]) -> bool:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    return any(isinstance(s, RandomSampler) for s in (loader.sampler, getattr(batch_sampler, "sampler", None)))
+    # A stream does not say; a sampler of the user's own is taken to shuffle.
+    return not isinstance(loader.dataset, IterableDataset) and not isinstance(get_sampler(loader), SequentialSampler)
 
 
 def _batch_size(loader: DataLoader[Any]) -> int | None:
     size = loader.batch_size
-    if size is None:  # a batch sampler of the user's own
-        size = getattr(loader.batch_sampler, "batch_size", None)
+    if size is None:  # a batch sampler of the user's own, or given as `sampler`
+        holder = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        size = getattr(holder, "batch_size", None)
     return size if isinstance(size, int) else None
 
 

@@ -11,21 +11,25 @@ from zeroaccel.logging import library_logger
 
 logger = library_logger(__name__)
 
-# Their rule needs a parameter's shape, or all parameters at once; ZeRO hands them flat partitions.
-SHAPE_DEPENDENT = ("Adafactor", "LBFGS", "Muon", "Shampoo", "SOAP")
+# Their rule needs a parameter's shape; ZeRO hands them flat partitions.
+SHAPE_DEPENDENT = ("Adafactor", "Muon", "Shampoo", "SOAP")
 
 
-def refuse_shape_dependent(optimizer: torch.optim.Optimizer, stage: int) -> None:
-    """Refuses an optimizer that would silently follow another rule on flat partitions.
+def refuse_unshardable(optimizer: torch.optim.Optimizer, stage: int) -> None:
+    """Refuses an optimizer that could not step, or would silently follow another rule on flat partitions.
 
     Raises:
-        ConfigError: it is one of `SHAPE_DEPENDENT` and the stage partitions its state.
+        ConfigError: it is LBFGS, or one of `SHAPE_DEPENDENT` where the stage partitions its state.
     """
     name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            f"{name} evaluates the loss several times a step, which DeepSpeed cannot do: use another optimizer"
+        )
     if stage >= 1 and name in SHAPE_DEPENDENT:
         raise ConfigError(
             f"{name} needs whole parameters, but ZeRO stage {stage} hands an optimizer flat slices of them, on which it"
-            f" would compute something else: use zero_stage=0, or another optimizer"
+            " would compute something else: use zero_stage=0, or another optimizer"
         )
 
 
@@ -39,13 +43,12 @@ def cpu_version(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | Non
     if kind is None:
         return None
     names = ("lr", "eps", "weight_decay") if kind == "Adagrad" else ("lr", "betas", "eps", "weight_decay")
+    # What a scheduler or the script keeps in a group (`initial_lr`, `max_lr`, `name` ...) goes along.
     groups = [
-        {key: value for key, value in group.items() if key in (*names, "params", "initial_lr", "name")}
+        {key: _number(value) for key, value in group.items() if key in names or key not in optimizer.defaults}
         for group in optimizer.param_groups
     ]
     defaults = {name: _number(optimizer.defaults[name]) for name in names}
-    for group in groups:
-        group.update({name: _number(group[name]) for name in names})
     if kind == "Adagrad":
         from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 
@@ -55,29 +58,38 @@ def cpu_version(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | Non
     return DeepSpeedCPUAdam(groups, adamw_mode=kind == "AdamW", **defaults)  # type: ignore[no-any-return]
 
 
+def map_pytorch_optim_to_deepspeed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """DeepSpeed's CPU version of an optimizer, with its hyper-parameters and param groups.
+
+    Raises:
+        ConfigError: it has none. (Accelerate gives CPU Adam then, whatever the optimizer was.)
+    """
+    version = cpu_version(optimizer)
+    if version is None:
+        raise ConfigError(
+            f"DeepSpeed has no CPU version of {type(optimizer).__name__} with these options: use torch.optim's Adam,"
+            " AdamW or Adagrad, or keep the optimizer, which PyTorch steps on the CPU then"
+        )
+    return version
+
+
 def _number(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _same_rule(optimizer: torch.optim.Optimizer) -> str | None:
-    kind = next(
-        (
-            name
-            for name, classes in (
-                ("AdamW", _classes("AdamW", "AdamW32bit")),
-                ("Adam", _classes("Adam", "Adam32bit")),
-                ("Adagrad", _classes("Adagrad", "Adagrad32bit")),
-            )
-            if type(optimizer) in classes
-        ),
-        None,
-    )
+    kinds = {cls: name for name in ("AdamW", "Adam", "Adagrad") for cls in _classes(name, f"{name}32bit")}
+    kind = kinds.get(type(optimizer))
+    groups = optimizer.param_groups
     # Variants that the C++ versions do not know.
     variants = ("amsgrad", "maximize", "lr_decay", "initial_accumulator_value", "differentiable")
-    if any(group.get(name) for group in [optimizer.defaults, *optimizer.param_groups] for name in variants):
+    if any(group.get(name) for group in groups for name in variants):
         return None
-    decoupled = kind == "Adam" and any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
-    return "AdamW" if decoupled else kind
+    # One rule for all groups: in PyTorch AdamW is Adam with decoupled_weight_decay in its groups.
+    decoupled = {bool(group.get("decoupled_weight_decay", kind == "AdamW")) for group in groups}
+    if kind == "Adagrad" or kind is None:
+        return kind
+    return None if len(decoupled) > 1 else "AdamW" if decoupled.pop() else "Adam"
 
 
 def _classes(*names: str) -> list[type]:
@@ -94,19 +106,18 @@ def for_offload(optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> tor
     """The optimizer that steps under optimizer offload; switches DeepSpeed's own check off where it keeps the rule.
 
     Args:
-        optimizer: the user's.
+        optimizer: the user's; its param groups become those of the optimizer that steps.
         config: the resolved DeepSpeed config; changed in place.
     """
-    device = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
-    if device == "none":
+    device = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+    if device in (None, "none"):
         return optimizer
     replacement = cpu_version(optimizer) if config.get("zero_force_ds_cpu_optimizer", True) else None
+    config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's check refuses its own CPU Adagrad, too
     if replacement is not None:
+        # Whoever holds the user's optimizer, a scheduler of another library for one, still sets the rates that count.
+        optimizer.param_groups = replacement.param_groups
         return replacement
-    config["zero_force_ds_cpu_optimizer"] = False
     if not type(optimizer).__module__.startswith("deepspeed."):
-        logger.info(
-            "%s has no C++ version for optimizer offload: PyTorch's own steps on the CPU",
-            type(optimizer).__name__,
-        )
+        logger.info("%s has no C++ version for optimizer offload: PyTorch's own steps", type(optimizer).__name__)
     return optimizer

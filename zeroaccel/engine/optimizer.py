@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from zeroaccel.engine.plain_stepping import PlainStepper
-from zeroaccel.errors import UsageError
+from zeroaccel.errors import UnsupportedError, UsageError
 from zeroaccel.state import AcceleratorState, GradientState
 
 if TYPE_CHECKING:
@@ -89,8 +89,11 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Defaults of the optimizer inside."""
-        return self.optimizer.defaults
+        """Defaults of the PyTorch optimizer inside; DeepSpeed's around it has none."""
+        inner: Any = self.optimizer
+        while not hasattr(inner, "defaults"):
+            inner = inner.optimizer
+        return inner.defaults  # type: ignore[no-any-return]
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
@@ -109,7 +112,8 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Throws the gradients away, unless an accumulation window is open. `set_to_none=False` keeps zeros."""
+        """Throws the gradients away, unless an accumulation window is open. They become None or zero, as it pleases
+        what holds them, whatever `set_to_none` says."""
         self._steps.zero_grad()
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -160,3 +164,14 @@ class DeepSpeedOptimizerWrapper(AcceleratedOptimizer):
 
     def __init__(self, optimizer: torch.optim.Optimizer, stepper: Stepper | None = None) -> None:
         super().__init__(optimizer, device_placement=False, scaler=None, steps=stepper)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not possible any more.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"add_param_group after prepare(): {type(self.optimizer).__name__} has laid out its parameters already; add"
+            " the group before prepare(). A layer that is to be trained later can be there from the start with lr=0"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,9 +29,10 @@ def guard_inputs(engine: Any, dtype: torch.dtype, cast: bool) -> None:
             args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
         try:
             return forward(*args, **kwargs)
-        except RuntimeError as error:
-            mismatched = [f"{name} ({found})" for name, found in _floats(args, kwargs) if found != dtype]
-            if "dtype" not in str(error) or not mismatched:
+        except (RuntimeError, ValueError) as error:  # ValueError: recurrent layers
+            named = {**_positional(engine.module, args), **kwargs}
+            mismatched = [f"{name} ({found})" for name, found in _floats(named) if found != dtype]
+            if "type" not in str(error) or not mismatched:
                 raise
             raise UsageError(
                 f"the model computes in {dtype}, but got {', '.join(mismatched)}: cast the batch"
@@ -44,14 +46,22 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
     return recursively_apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values)
 
 
-def _floats(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, torch.dtype]]:
-    named = [(f"input {position}", value) for position, value in enumerate(args)] + list(kwargs.items())
-    while named:
-        name, value = named.pop(0)
+def _positional(module: torch.nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind in by_position]
+    names += [f"input {position}" for position in range(len(names), len(args))]
+    return dict(zip(names, args, strict=False))
+
+
+def _floats(named: Mapping[str, Any]) -> Iterator[tuple[str, torch.dtype]]:
+    waiting = list(named.items())
+    while waiting:
+        name, value = waiting.pop(0)
         if isinstance(value, torch.Tensor):
             if value.is_floating_point():
                 yield name, value.dtype
         elif isinstance(value, Mapping):
-            named += [(f"{name}[{key!r}]", inner) for key, inner in value.items()]
+            waiting += [(f"{name}[{key!r}]", inner) for key, inner in value.items()]
         elif isinstance(value, (list, tuple)):
-            named += [(f"{name}[{position}]", inner) for position, inner in enumerate(value)]
+            waiting += [(f"{name}[{position}]", inner) for position, inner in enumerate(value)]

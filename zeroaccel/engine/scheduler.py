@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,3 +113,22 @@ class DeepSpeedSchedulerWrapper(AcceleratedScheduler):
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the engine's step did it."""
+
+
+def redirect(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Has a PyTorch scheduler, and those that it consists of, drive `optimizer` from now on."""
+    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+        redirect(inner, optimizer)
+    scheduler.optimizer = optimizer
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        return
+    own_step = optimizer.step
+
+    @functools.wraps(own_step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        # By these two names PyTorch notices a scheduler that steps before its optimizer, and warns.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return own_step(*args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]

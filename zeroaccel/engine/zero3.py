@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from zeroaccel.config.document import HfDeepSpeedConfig
 from zeroaccel.errors import ConfigError
+from zeroaccel.state import AcceleratorState
 
 
 def register_with_transformers(config: dict[str, Any], partition_at_birth: bool) -> object | None:
@@ -60,3 +63,25 @@ def set_leaf_modules(model: torch.nn.Module, class_names: list[str]) -> None:
             f" it has {', '.join(sorted(classes))}"
         )
     set_z3_leaf_modules(model, [classes[name] for name in class_names])
+
+
+@contextmanager
+def GatheredParameters(
+    params: Any, modifier_rank: int | None = None, fwd_module: torch.nn.Module | None = None, enabled: bool = True
+) -> Iterator[None]:
+    """Inside the block parameters that stage 3 has split are whole; does nothing below stage 3. Collective.
+
+    Args:
+        params: parameters.
+        modifier_rank: rank whose changes all ranks keep; None: nobody changes them.
+        fwd_module: module that the block runs, whose gathered parameters are looked after then.
+        enabled: False does nothing.
+    """
+    plugin = AcceleratorState().deepspeed_plugin if AcceleratorState._shared_state else None
+    if plugin is None or plugin.zero_stage != 3:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters as gathered
+
+    with gathered(params, modifier_rank=modifier_rank, fwd_module=fwd_module, enabled=enabled):
+        yield
