@@ -14,8 +14,8 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import _get_build_directory
 
-# Collectives in shared memory; the optimizers of configurations, with and without offload; NVMe.
-OPS = ("ShareMemCommBuilder", "CPUAdamBuilder", "CPUAdagradBuilder", "FusedAdamBuilder", "AsyncIOBuilder")
+# The optimizers of configurations, with and without offload; NVMe.
+OPS = ("CPUAdamBuilder", "CPUAdagradBuilder", "FusedAdamBuilder", "AsyncIOBuilder")
 
 
 def main() -> int:
