@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -206,6 +209,34 @@ def test_a_second_accelerator_cannot_change_the_run() -> None:
 def test_reading_the_state_too_early_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"create `accelerator = Accelerator\(\)` before"):
         AcceleratorState()
+
+
+HELD = """
+import warnings
+from zeroaccel import Accelerator, DeepSpeedPlugin
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2,
+                              deepspeed_plugin=DeepSpeedPlugin(gradient_accumulation_steps=4))
+    import torch
+    model = torch.nn.Linear(2, 1)
+    accelerator.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+print(type(model).__name__, accelerator.num_processes, accelerator.gradient_accumulation_steps)
+print(*(warning.message for warning in caught), sep="\\n")
+"""
+
+
+def test_one_process_needs_no_launcher() -> None:
+    """A plugin alone starts a world of one; the plugin's accumulation holds, and the loser is named."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, env=variables, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["DeepSpeedEngine", "1", "4"]
+    assert (
+        "gradient_accumulation_steps: 4 (DeepSpeedPlugin(gradient_accumulation_steps=...)) holds, not 2" in done.stderr
+    )
 
 
 # --- on two ranks with DeepSpeed ---------------------------------------------------------------------------------

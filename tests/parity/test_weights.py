@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.distributed.pool import RankPool
-from tests.parity.problem import Case, Outcome, reference, train_all
+from tests.distributed.pool import RankPool, reset_states
+from tests.parity.problem import Case, Outcome, full_weights, reference, train_all
 
 STEPS = 20
 
@@ -106,6 +107,31 @@ def compare(case: Case, expected: Outcome, outcomes: list[Outcome]) -> list[str]
     if outcomes[0].distance(outcomes[1]) != 0:
         problems.append(f"ranks differ by {outcomes[0].distance(outcomes[1]):.2e}")
     return problems
+
+
+def unused_layer() -> list[float]:
+    from zeroaccel import Accelerator, DeepSpeedPlugin
+
+    weights = []
+    for stage in (0, 1, 2, 3):
+        reset_states()
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage))
+        assert accelerator.deepspeed_config is not None
+        accelerator.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        model = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)])
+        torch.nn.init.ones_(model[1].weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.1)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.backward(model.module[0](torch.ones(1, 2)).sum())
+        optimizer.step()
+        weights.append(float(full_weights(model)["1.weight"].mean()))
+    return weights
+
+
+def test_a_parameter_without_gradient_counts_as_gradient_zero(ranks: RankPool) -> None:
+    """Weight decay moves it on every stage, where plain PyTorch skips it."""
+    for weights in ranks.run(unused_layer):
+        assert weights == pytest.approx([0.95] * 4)
 
 
 def test_a_wrong_run_is_found() -> None:
