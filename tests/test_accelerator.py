@@ -233,10 +233,9 @@ def test_one_process_needs_no_launcher() -> None:
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, env=variables, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["DeepSpeedEngine", "1", "4"]
-    assert (
-        "gradient_accumulation_steps: 4 (DeepSpeedPlugin(gradient_accumulation_steps=...)) holds, not 2" in done.stderr
-    )
+    first, *warned = done.stdout.splitlines()
+    assert first == "DeepSpeedEngine 1 4"
+    assert any("gradient_accumulation_steps: 4" in line and "not 2" in line for line in warned), done.stdout
 
 
 # --- on two ranks with DeepSpeed ---------------------------------------------------------------------------------
