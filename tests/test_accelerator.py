@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from zeroaccel.config.options import (
     GradientAccumulationPlugin,
     GradScalerKwargs,
     InitProcessGroupKwargs,
+    ProfileKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
@@ -48,6 +50,19 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ConfigError,
         "deepspeed_plugin and deepspeed_plugins were both passed",
     ),
+    (
+        "no steps",
+        {"gradient_accumulation_steps": 0},
+        ConfigError,
+        "gradient_accumulation_steps=0: write a whole number",
+    ),
+    (
+        "no steps in the plugin",
+        {"gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=-2)},
+        ConfigError,
+        "gradient_accumulation_steps=-2: write a whole number",
+    ),
+    ("trackers", {"log_with": "tensorboard"}, UnsupportedError, "log_with='tensorboard': experiment trackers are not"),
     ("no plugin", {"deepspeed_plugin": {"zero_stage": 2}}, TypeError, "must be a DeepSpeedPlugin, got int"),
     ("fsdp", {"fsdp_plugin": object()}, UnsupportedError, "fsdp_plugin: this library trains with DeepSpeed ZeRO only"),
     ("no handler", {"kwargs_handlers": [1]}, TypeError, "takes KwargsHandler objects, got int"),
@@ -166,6 +181,28 @@ def test_accumulation_can_come_from_everywhere(monkeypatch: pytest.MonkeyPatch) 
     reset_states()
     monkeypatch.setenv("ZEROACCEL_GRADIENT_ACCUMULATION_STEPS", "5")
     assert Accelerator(cpu=True).gradient_accumulation_steps == 5
+
+
+def test_a_launchers_accumulation_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEROACCEL_GRADIENT_ACCUMULATION_STEPS", "abc")
+    with pytest.raises(ConfigError, match="ZEROACCEL_GRADIENT_ACCUMULATION_STEPS is 'abc': write a whole number"):
+        Accelerator(cpu=True)
+
+
+def test_a_second_accelerator_keeps_the_accumulation() -> None:
+    first = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    assert Accelerator().gradient_accumulation_steps == 4
+    assert first.gradient_accumulation_steps == 4
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps=0"):
+        first.gradient_accumulation_steps = 0
+
+
+def test_a_block_can_be_profiled(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[ProfileKwargs(output_trace_dir=str(tmp_path / "traces"))])
+    with accelerator.profile() as profiler:
+        torch.ones(4, 4) @ torch.ones(4, 4)
+    assert any(event.key == "aten::mm" for event in profiler.key_averages())
+    assert "aten::mm" in (tmp_path / "traces" / "profile_0.json").read_text()
 
 
 def test_the_project_configuration_is_kept() -> None:
@@ -343,6 +380,41 @@ def native_engine_calls_keep_their_meaning() -> None:
         accelerator.backward(model(torch.ones(1, 2)).sum())
 
 
+def the_wrapped_engine_steps_where_it_is_told() -> None:
+    for steps in (1, 2):
+        reset_states()
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=steps))
+        assert accelerator.deepspeed_config is not None
+        accelerator.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        model = nn.Linear(2, 1)
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        before = model.module.weight.detach().clone()
+        assert accelerator.deepspeed_engine_wrapped is not None
+        for number in range(4):
+            loss = model(torch.ones(1, 2)).sum()
+            accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=number % 2 == 1)
+        assert model.global_steps == 2
+        assert torch.allclose(before - model.module.weight, torch.full((1, 2), 2 * 0.1 * 2 / steps))
+
+
+def a_kept_graph_is_refused_at_stage_3() -> None:
+    for stage in (2, 3):
+        reset_states()
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage))
+        assert accelerator.deepspeed_config is not None
+        accelerator.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        loss = model(torch.ones(1, 2)).sum()
+        accelerator.backward(loss, retain_graph=True)
+        if stage == 3:
+            with pytest.raises(UnsupportedError, match="add the losses and call backward once"):
+                accelerator.backward(loss)
+        else:
+            accelerator.backward(loss)
+            optimizer.step()
+
+
 def state_can_be_reset() -> None:
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=1))
     assert AcceleratorState._shared_state["deepspeed_plugins"] is accelerator.deepspeed_plugin
@@ -360,6 +432,8 @@ ON_TWO_RANKS = [
     several_ranks_without_plugin_are_data_parallel,
     misuse_is_refused,
     native_engine_calls_keep_their_meaning,
+    the_wrapped_engine_steps_where_it_is_told,
+    a_kept_graph_is_refused_at_stage_3,
     state_can_be_reset,
 ]
 

@@ -101,16 +101,26 @@ def _options_of(handler: Any) -> dict[str, Any]:
     return {} if handler is None else handler.to_kwargs()
 
 
+def _checked_steps(steps: Any) -> int:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ConfigError(f"gradient_accumulation_steps={steps!r}: write a whole number of at least 1")
+    return steps
+
+
 def _accumulation_plugin(
     steps: int, plugin: GradientAccumulationPlugin | None
-) -> tuple[GradientAccumulationPlugin, bool]:
-    """What to accumulate before `prepare()`, and whether the script typed a number."""
+) -> tuple[GradientAccumulationPlugin | None, bool]:
+    """What to accumulate before `prepare()` (None: what the first one said), and whether the script typed it."""
     if plugin is not None and steps != 1:
         raise ConfigError(
             f"gradient_accumulation_steps={steps} and a gradient_accumulation_plugin were both passed: pass one of them"
         )
     typed = plugin is not None or steps != 1
-    return plugin or GradientAccumulationPlugin(num_steps=steps), typed
+    if not typed and GradientState._shared_state:
+        return None, False
+    plugin = plugin or GradientAccumulationPlugin(num_steps=steps)
+    _checked_steps(1 if plugin.num_steps is None else plugin.num_steps)
+    return plugin, typed
 
 
 def _held_accumulation(steps: int, typed: bool, plugin: DeepSpeedPlugin | None) -> int:
@@ -121,7 +131,8 @@ def _held_accumulation(steps: int, typed: bool, plugin: DeepSpeedPlugin | None) 
     if plugin is not None and isinstance(plugin.gradient_accumulation_steps, int):
         said.append(Said(plugin.gradient_accumulation_steps, Level.PLUGIN, plugin.source_of(key)))
     elif setting is not None and setting.value != "auto":
-        said.append(Said(int(setting.value), Level.LAUNCHER, setting.variable))
+        launched = environment.parse_whole(setting.value, setting.variable, lowest=1)
+        said.append(Said(launched, Level.LAUNCHER, setting.variable))
     held, losers = settle(key, said)
     warn_losers(losers)
     return int(held.value)
@@ -140,7 +151,7 @@ class Accelerator:
         dataloader_config: how loaders are sharded.
         deepspeed_plugin, deepspeed_plugins: a plugin, or several by name.
         rng_types: generators kept in step over the ranks; default `["generator"]`.
-        log_with: experiment trackers.
+        log_with: experiment trackers; none are there yet.
         project_dir, project_config: where checkpoints and logs go.
         gradient_accumulation_plugin: accumulation with its finer options.
         step_scheduler_with_optimizer: False steps a scheduler at every call.
@@ -182,6 +193,8 @@ class Accelerator:
             megatron_lm_plugin=megatron_lm_plugin,
             parallelism_config=parallelism_config,
         )
+        if log_with is not None:
+            raise UnsupportedError(f"log_with={log_with!r}: experiment trackers are not there yet, leave it out")
         self._read_project(project_dir, project_config)
         self._read_handlers(kwargs_handlers)
         plugins, implicit = _choose_plugins(_check_plugins(deepspeed_plugin, deepspeed_plugins))
@@ -197,7 +210,6 @@ class Accelerator:
             self.dataloader_config.split_batches = True
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         self.rng_types = ["generator"] if rng_types is None else rng_types
-        self.log_with = log_with
         self._reset_loop()
         self._backend = make_backend(self._setup(typed, implicit), self.state, self.gradient_state)
 
@@ -215,7 +227,8 @@ class Accelerator:
         self.scaler_handler = found.get(GradScalerKwargs)
         self.init_handler = found.get(InitProcessGroupKwargs)
         self.autocast_handler = found.get(AutocastKwargs)
-        self.profile_handler = found.get(ProfileKwargs)
+        profiling = found.get(ProfileKwargs)
+        self.profile_handler = profiling if isinstance(profiling, ProfileKwargs) else ProfileKwargs()
 
     def _make_state(
         self,
@@ -537,7 +550,7 @@ class Accelerator:
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, steps: int) -> None:
-        self.gradient_state.plugin_kwargs["num_steps"] = steps
+        self.gradient_state.plugin_kwargs["num_steps"] = _checked_steps(steps)
 
     @property
     def sync_gradients(self) -> bool:
@@ -609,6 +622,22 @@ class Accelerator:
         handler = autocast_handler or self.autocast_handler
         with self._backend.autocast(handler.to_kwargs() if handler else None):
             yield
+
+    @contextmanager
+    def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[Any]:
+        """Profiles the block with `torch.profiler`; yields the profiler.
+
+        Args:
+            profile_handler: its options; default: those in `kwargs_handlers`. With `output_trace_dir` every rank
+                writes a Chrome trace `profile_<rank>.json` there.
+        """
+        handler = profile_handler or self.profile_handler
+        with handler.build() as profiler:
+            yield profiler
+        if handler.output_trace_dir is not None:
+            os.makedirs(handler.output_trace_dir, exist_ok=True)
+            profiler.export_chrome_trace(os.path.join(handler.output_trace_dir, f"profile_{self.process_index}.json"))
+            self.wait_for_everyone()
 
     @property
     def optimizer_step_was_skipped(self) -> bool:

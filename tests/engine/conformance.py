@@ -172,6 +172,15 @@ def a_loss_scaled_by_the_script_is_not_divided(make: Callable[..., Run]) -> None
     run.expect(one_step(0, 1))
 
 
+def a_short_window_leaves_a_loss_scaled_by_the_script_alone(make: Callable[..., Run]) -> None:
+    run = make(steps=4)
+    for batch in run.loader(3):
+        with run.accelerator.accumulate(run.model):
+            run.accelerator.backward(loss_of(run.model, batch) / 10, scale_wrt_gas=False)
+            run.optimizer.step()
+    run.expect(one_step(0, 1, 2, scale=0.1))
+
+
 def the_learning_rate_can_be_assigned(make: Callable[..., Run]) -> None:
     run = make()
     run.optimizer.param_groups[0]["lr"] = 0.01
@@ -246,14 +255,39 @@ def the_accumulation_steps_can_be_changed_between_windows(make: Callable[..., Ru
     run = make(steps=1)
     run.backward(0)
     run.optimizer.step()
+    run.optimizer.zero_grad()
     run.accelerator.gradient_accumulation_steps = 2
     assert run.accelerator.gradient_accumulation_steps == 2
-    for batch in list(run.loader(2)):
+    for batch in run.loader(2):
         with run.accelerator.accumulate(run.model):
             run.accelerator.backward(loss_of(run.model, batch))
             run.optimizer.step()
             run.optimizer.zero_grad()
     assert run.accelerator.sync_gradients
+    run.expect(several(one_step(0), one_step(0, 1, scale=0.5)))
+
+
+def sync_each_batch_gives_the_same_weights(make: Callable[..., Run]) -> None:
+    run = make(steps=2)
+    run.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    for batch in run.loader(2):
+        with run.accelerator.accumulate(run.model):
+            run.accelerator.backward(loss_of(run.model, batch))
+            run.optimizer.step()
+    run.expect(one_step(0, 1, scale=0.5))
+
+
+def a_plain_backward_counts_or_is_refused(make: Callable[..., Run]) -> None:
+    run = make()
+    loss = loss_of(run.model, run.batches[0])
+    if run.stage == 0:
+        with pytest.raises(RuntimeError, match=r"call accelerator\.backward\(loss\) instead"):
+            loss.backward()
+        return
+    loss.backward()
+    run.backward(1)  # what a step without it would have to know of
+    run.optimizer.step()
+    run.expect(one_step(0, 1))
 
 
 def sync_with_dataloader_false_leaves_the_window_open(make: Callable[..., Run]) -> None:
@@ -334,8 +368,19 @@ def clipping_in_an_open_window_waits_for_its_end(make: Callable[..., Run]) -> No
             norms.append(float(run.accelerator.clip_grad_norm_(run.model.parameters(), 0.05)))
             run.optimizer.step()
             run.optimizer.zero_grad()
+    assert norms[0] == 0  # the last one's, and there was none
     assert norms[1] == pytest.approx(true_norm(0, 1, scale=0.5), rel=1e-5)
     run.expect(one_step(0, 1, scale=0.5, clip=0.05))
+
+
+def a_backward_pass_behind_clipping_is_refused(make: Callable[..., Run]) -> None:
+    run = make()
+    run.backward(0)
+    run.accelerator.clip_grad_norm_(run.model.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="backward was called after the window's gradients were clipped"):
+        run.backward(1)
+    run.optimizer.step()
+    run.expect(one_step(0, clip=0.1))
 
 
 def values_can_be_clipped(make: Callable[..., Run]) -> None:

@@ -5,6 +5,7 @@ The reference sees the batches of all ranks concatenated, so its weights are wha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class Case:
         optimizer: name in torch.optim.
         groups: three param groups with their own lr and weight decay, and a frozen layer.
         micro_batches: batches that each rank sees.
+        config_file: the accumulation is a number in a DeepSpeed config, and the Accelerator says another one.
     """
 
     stage: int = 2
@@ -46,6 +48,7 @@ class Case:
     optimizer: str = "AdamW"
     groups: bool = False
     micro_batches: int = 20
+    config_file: bool = False
 
     def __str__(self) -> str:
         shown = [f"stage{self.stage}", self.offload, f"x{self.accumulation}", self.precision, self.cut]
@@ -54,6 +57,7 @@ class Case:
         if self.call_clipping is not None:
             shown.append(f"call-clip{self.call_clipping:g}")
         shown += [self.optimizer] * (self.optimizer != "AdamW") + ["groups"] * self.groups
+        shown += ["config-file"] * self.config_file
         return "-".join(shown)
 
 
@@ -103,6 +107,7 @@ def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
             {"params": [model.first.weight, model.hidden.weight], "lr": 1e-2, "weight_decay": 0.1},
             {"params": [model.first.bias, model.last.bias], "lr": 3e-2, "weight_decay": 0.0},
             {"params": [model.last.weight], "lr": 5e-3, "weight_decay": 0.3},
+            {"params": list(model.norm.parameters()), "lr": 1.0},  # frozen
         ]
     return getattr(torch.optim, case.optimizer)(parameters, **options)
 
@@ -138,23 +143,32 @@ class Outcome:
         return max(float((self.weights[n].float() - w.float()).abs().max()) for n, w in other.weights.items())
 
 
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def reference(case: Case) -> Outcome:
-    """Plain PyTorch, one process, fp32."""
+    """Plain PyTorch, one process: fp32 masters, and a copy in the case's precision that computes the gradients."""
     model = make_model(case)
     optimizer = make_optimizer(case, model)
+    computing = make_model(case).to(DTYPES[case.precision])
     clipping = case.call_clipping if case.call_clipping is not None else case.config_clipping
     outcome = Outcome({}, [], [], 0)
     batches = list(global_batches(case))
     for start in range(0, len(batches), case.accumulation):
         window = batches[start : start + case.accumulation]
         for x, y in window:
-            loss = loss_of(model, x, y)
+            loss = loss_of(computing, x, y)
             outcome.losses.append(float(loss.detach()))
             (loss / len(window)).backward()
+        for master, copy in zip(model.parameters(), computing.parameters(), strict=True):
+            master.grad = None if copy.grad is None else copy.grad.float()
+            copy.grad = None
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clipping or float("inf"))
         outcome.norms.append(float(norm))
         optimizer.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            for master, copy in zip(model.parameters(), computing.parameters(), strict=True):
+                copy.copy_(master)
         outcome.steps += 1
     outcome.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return outcome
@@ -164,6 +178,9 @@ def plugin_for(case: Case, nvme_path: str) -> Any:
     """The plugin that asks for the case."""
     from zeroaccel import DeepSpeedPlugin
 
+    if case.config_file:
+        config = {"gradient_accumulation_steps": case.accumulation, "zero_optimization": {"stage": case.stage}}
+        return DeepSpeedPlugin(hf_ds_config=json.dumps(config))
     device, _, parameters = case.offload.partition("+")
     plugin = DeepSpeedPlugin(
         zero_stage=case.stage,
@@ -192,7 +209,11 @@ def train(case: Case, nvme_path: str = "") -> Outcome:
     """The library, on every rank."""
     from zeroaccel import Accelerator
 
-    accelerator = Accelerator(mixed_precision=case.precision, deepspeed_plugin=plugin_for(case, nvme_path))
+    accelerator = Accelerator(
+        mixed_precision=case.precision,
+        deepspeed_plugin=plugin_for(case, nvme_path),
+        gradient_accumulation_steps=case.accumulation + 1 if case.config_file else 1,
+    )
     model = make_model(case)
     model, optimizer, loader = accelerator.prepare(
         model, make_optimizer(case, model), DataLoader(make_dataset(case), batch_size=MICRO_BATCH)
@@ -206,7 +227,7 @@ def train(case: Case, nvme_path: str = "") -> Outcome:
         else:
             step = closes or case.cut == "library"
             _micro_batch(case, accelerator, model, optimizer, x, y, outcome, closes, step)
-        outcome.steps += closes
+    outcome.steps = model.global_steps - model.skipped_steps
     outcome.weights = full_weights(model)
     accelerator.free_memory()
     return outcome

@@ -29,6 +29,7 @@ def case(stage: int, offload: str = "none", accumulation: int = 1, **options: ob
 MATRIX = [case(s, o, a) for s, offloads in OFFLOADS.items() for o in offloads for a in (1, 4)]
 PRECISIONS = [case(s, accumulation=a, precision=p) for p in ("bf16", "fp16") for s in OFFLOADS for a in (1, 4)]
 CUTS = [case(s, accumulation=4, cut=c) for s in OFFLOADS for c in ("library", "script")]
+CONFIG_FILE = [case(s, accumulation=3, cut=c, config_file=True) for s in (2, 3) for c in ("accumulate", "library")]
 CLIPPING = [
     case(s, accumulation=2, config_clipping=config, call_clipping=call)
     for s in OFFLOADS
@@ -51,6 +52,7 @@ FULL = {
     "matrix": MATRIX,
     "precisions": PRECISIONS,
     "cuts": CUTS,
+    "config file": CONFIG_FILE,
     "clipping": CLIPPING,
     "groups": GROUPS,
     "optimizers": OPTIMIZERS,
@@ -64,6 +66,7 @@ SELECTED = {
                    case(0, precision="fp16")],
     "cuts": [case(2, accumulation=4, cut="library"), case(2, accumulation=4, cut="script"),
              case(3, accumulation=4, cut="library"), case(3, accumulation=4, cut="script")],
+    "config file": CONFIG_FILE,
     "clipping": [c for c in CLIPPING if c.stage == 2] + [c for c in CLIPPING if c.stage == 3][1:3],
     "groups": GROUPS[2:5],
     "optimizers": [c for c in OPTIMIZERS if (c.stage, c.offload) == (2, "cpu")],
@@ -107,6 +110,52 @@ def compare(case: Case, expected: Outcome, outcomes: list[Outcome]) -> list[str]
     if outcomes[0].distance(outcomes[1]) != 0:
         problems.append(f"ranks differ by {outcomes[0].distance(outcomes[1]):.2e}")
     return problems
+
+
+def wide_model(hidden: int) -> torch.nn.Module:
+    torch.manual_seed(5)
+    return torch.nn.Sequential(torch.nn.Linear(hidden, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, hidden))
+
+
+def wide_loss(model: torch.nn.Module, hidden: int, rank: int) -> torch.Tensor:
+    x = torch.randn(2, hidden, generator=torch.Generator().manual_seed(rank))
+    return model(x).square().mean()
+
+
+def gradients_on_nvme(hidden: int, nvme_path: str) -> dict[str, torch.Tensor]:
+    from zeroaccel import Accelerator, DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(zero_stage=3, offload_optimizer_device="nvme", offload_optimizer_nvme_path=nvme_path)
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 2
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    model = wide_model(hidden)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3))
+    assert all(
+        model.optimizer._swappable_optimizer_subgroup(group) for group in range(len(model.optimizer.fp16_groups))
+    )
+    for _ in range(3):
+        accelerator.backward(wide_loss(model, hidden, accelerator.process_index))
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = full_weights(model)
+    accelerator.free_memory()
+    return weights
+
+
+# 1024: every gradient begins at a block of the disk. 1300: DeepSpeed 0.19.8 alone trains on garbage.
+@pytest.mark.parametrize("hidden", [1024, 1300])
+def test_gradients_that_really_go_to_the_disk(hidden: int, ranks: RankPool, tmp_path: Path) -> None:
+    model = wide_model(hidden)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+    for _ in range(3):
+        (sum(wide_loss(model, hidden, rank) for rank in range(2)) / 2).backward()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for weights in ranks.run(gradients_on_nvme, hidden=hidden, nvme_path=str(tmp_path)):
+        for name, parameter in model.named_parameters():
+            assert float((weights[name] - parameter.detach()).abs().max()) < 2e-6, name
 
 
 def unused_layer() -> list[float]:

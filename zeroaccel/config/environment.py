@@ -15,7 +15,7 @@ from zeroaccel.errors import ConfigError
 PREFIX = "ZEROACCEL_"
 FALLBACK_PREFIX = "ACCELERATE_"
 
-# What `accelerate launch` exports though nobody typed it: no wish of the user's (DESIGN.md, semantics 1).
+# What `accelerate launch` exports though nobody typed it: no wish of the user's (docs/design.md).
 UNTYPED_FALLBACKS = {"GRADIENT_ACCUMULATION_STEPS": "1", "MIXED_PRECISION": "no"}
 
 # Launcher option or plugin field -> rest of the variable's name. `zeroaccel launch` writes them, the library reads.
@@ -92,6 +92,17 @@ def parse_bool(value: str, origin: str) -> bool:
     raise ConfigError(f"{origin} is {value!r}, which is neither true nor false: write true or false")
 
 
+def parse_whole(value: str, origin: str, lowest: int) -> int:
+    """A whole number of at least `lowest`.
+
+    Raises:
+        ConfigError: the text is none.
+    """
+    if not value.strip().isdigit() or int(value) < lowest:
+        raise ConfigError(f"{origin} is {value!r}: write a whole number of at least {lowest}")
+    return int(value)
+
+
 def is_true(value: str) -> bool:
     """True for "true" in any case, false for all else, as launchers write it."""
     return value.strip().lower() == "true"
@@ -143,7 +154,7 @@ def _first_int(names: tuple[str, ...], default: int) -> int:
     for name in names:
         value = os.environ.get(name)
         if value:
-            return int(value)
+            return parse_whole(value, name, lowest=0)
     return default
 
 

@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader
 from zeroaccel.engine.optimizer import AcceleratedOptimizer, DummyOptim
 from zeroaccel.engine.scheduler import AcceleratedScheduler, DummyScheduler
 from zeroaccel.errors import ConfigError
+from zeroaccel.logging import library_logger
+
+logger = library_logger(__name__)
 
 # Where DeepSpeed's own schedulers live, which share no base class.
 DEEPSPEED_SCHEDULERS = "deepspeed.runtime.lr_schedules"
@@ -128,7 +131,8 @@ def drop_idle_groups(optimizer: Any, scheduler: Any, stage: int) -> None:
     if not isinstance(groups[0], dict):
         return
     kept = [group for group in groups if _is_used(group, stage)]
-    if len(kept) == len(groups):
+    dropped = len(groups) - len(kept)
+    if not dropped:
         return
     if scheduler is not None and not isinstance(scheduler, DummyScheduler):
         idle = [str(position) for position, group in enumerate(groups) if not _is_used(group, stage)]
@@ -137,6 +141,7 @@ def drop_idle_groups(optimizer: Any, scheduler: Any, stage: int) -> None:
             f" it, and {type(scheduler).__name__} would have a learning rate too many; leave the group out"
         )
     groups[:] = kept
+    logger.warning("%d param groups of %s have nothing to train and are left out", dropped, type(optimizer).__name__)
 
 
 def _is_used(group: dict[str, Any], stage: int) -> bool:

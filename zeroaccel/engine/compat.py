@@ -22,6 +22,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "DeepSpeedEngine": (
             "_backward_prologue",
             "_backward_epilogue",
+            "_broadcast_model",
             "allreduce_gradients",
             "set_gradient_accumulation_boundary",
             "was_step_applied",
@@ -33,6 +34,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.zero.stage_1_and_2": {
         "": ("INITIAL_MICRO_STEP_ID",),
         "DeepSpeedZeroOptimizer": (
+            "initialize_optimizer_states",
             "finalize_gradient_accumulation_boundary",
             "get_param_gradient_attribute",
             "get_param_id",
@@ -43,13 +45,20 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.zero.stage3": {
         "": ("combine_grad_norm_groups",),
         "DeepSpeedZeroOptimizer_Stage3": (
+            "initialize_optimizer_states",
             "_get_norm_groups",
             "_swappable_optimizer_subgroup",
             "finalize_gradient_accumulation_boundary",
             "get_param_id",
         ),
     },
-    "deepspeed.runtime.bf16_optimizer": {"BF16_Optimizer": ("get_grads_for_norm", "clear_hp_grads")},
+    "deepspeed.runtime.bf16_optimizer": {"BF16_Optimizer": ("get_grads_for_norm",)},
+    "deepspeed.runtime.fp16.fused_optimizer": {"FP16_Optimizer": ("initialize_optimizer_states",)},
+    "deepspeed.runtime.fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": ("initialize_optimizer_states",)},
+    "deepspeed.runtime.zero.partition_parameters": {"Init": ("_zero_init_param",)},
+    "deepspeed.runtime.swap_tensor.optimizer_utils": {
+        "OptimizerSwapper": ("_adjust_for_misaligned_lengths", "is_swappable_tensor"),
+    },
     "deepspeed.runtime.utils": {"": ("get_global_norm_of_tensors",)},
 }
 

@@ -1,6 +1,7 @@
 """`deepspeed.initialize`, without what its constructors do wrong to the user's model and optimizer (DeepSpeed 0.19.8).
 
 - A parameter without dimensions fails in the first broadcast.
+- Gradients on NVMe come back as garbage, without an error, where they begin between two blocks of the disk.
 - Stage 0 in 16 bit takes a hidden step with zero gradients: weight decay shrinks the masters, Adam counts from 1.
 - ZeRO makes torch's Adagrad anew from its defaults: param groups lose their own learning rate and weight decay.
 - Stage 0 in fp16 begins at loss scale 65536 whatever `initial_scale_power` says, unless the optimizer is fused.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import deepspeed
@@ -28,7 +31,24 @@ def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
         engine, optimizer, loader, scheduler = deepspeed.initialize(**arguments)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer) and engine.fp16_enabled() and engine.dynamic_loss_scale():
         engine.optimizer.loss_scale_config.cur_scale = float(engine.initial_dynamic_scale())
+    if (swapper := getattr(engine.optimizer, "optimizer_swapper", None)) is not None:
+        swapper._adjust_for_misaligned_lengths = partial(_cut_at_blocks, swapper)
     return engine, optimizer, loader, scheduler
+
+
+def _cut_at_blocks(swapper: Any, tensors: list[Any], offsets: list[int]) -> tuple[list[Any], list[int]]:
+    """Cuts gradients so that what goes to the disk begins and ends at a block; the small rest stays in memory."""
+    pieces: list[tuple[Any, int]] = []
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        if not swapper.is_swappable_tensor(tensor=tensor):
+            pieces.append((tensor, offset))
+            continue
+        size, block = tensor.numel(), swapper.numel_alignment
+        head = -offset % block
+        body = (size - head) // block * block
+        bounds = [0, head, head + body, size]
+        pieces += [(tensor.narrow(0, a, b - a), offset + a) for a, b in pairwise(bounds) if b > a]
+    return [tensor for tensor, _ in pieces], [offset for _, offset in pieces]
 
 
 @contextmanager

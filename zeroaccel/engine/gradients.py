@@ -76,8 +76,8 @@ class Gradients:
             parameter.grad = None
 
     def after_step(self) -> None:
-        """After the engine's step."""
-        self.engine.set_gradient_accumulation_boundary(False)
+        """After the engine's step, and before the first window: DeepSpeed counts again until the next `arm`."""
+        self.engine.set_gradient_accumulation_boundary(None)
 
 
 class _ZeroGradients(Gradients):

@@ -30,6 +30,7 @@ class PlainBackend:
         self._gradient_state = gradient_state
         self._steppers: list[PlainStepper] = []
         self._wrappers: list[AcceleratedOptimizer] = []
+        self._last_norm = torch.zeros((), device=state.device)
         self.scaler: Any = None
         if state.mixed_precision == "fp16":
             self.scaler = torch.amp.GradScaler(state.device.type, **(setup.scaler_options or {}))
@@ -100,13 +101,16 @@ class PlainBackend:
 
     def backward(self, loss: torch.Tensor, **options: Any) -> None:
         """`loss.backward` of the loss divided by the accumulation steps; `options` go to `torch.Tensor.backward`."""
-        if options.pop("scale_wrt_gas", True):
+        for stepper in self._steppers:
+            stepper.begin_backward()
+        scaled = options.pop("scale_wrt_gas", True)
+        if scaled:
             loss = loss / self._gradient_state.num_steps
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         loss.backward(**options)  # type: ignore[no-untyped-call]
         for stepper in self._steppers:
-            stepper.count_backward()
+            stepper.count_backward(scaled)
 
     @contextmanager
     def accumulation(self, closing: bool) -> Iterator[None]:
@@ -120,12 +124,13 @@ class PlainBackend:
                 stepper.window.leave_context()
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float) -> torch.Tensor:
-        """PyTorch's, on gradients that are final; inside an open window only the norm is taken."""
+        """PyTorch's, on gradients that are final; inside an open window nothing, and the last norm again."""
         listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         final = [stepper.prepare_to_change() for stepper in self._steppers]
-        if self._steppers and not all(final):
-            max_norm = float("inf")
-        return torch.nn.utils.clip_grad_norm_(listed, max_norm or float("inf"), norm_type=norm_type)
+        if all(final):
+            norm = torch.nn.utils.clip_grad_norm_(listed, max_norm or float("inf"), norm_type=norm_type)
+            self._last_norm = norm
+        return self._last_norm
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """PyTorch's, on gradients that are final; nothing inside an open window."""

@@ -12,6 +12,11 @@ from zeroaccel.engine.window import Window
 from zeroaccel.errors import UsageError
 from zeroaccel.state import GradientState
 
+AFTER_CLIPPING = (
+    "backward was called after the window's gradients were clipped or read: run all backward passes of an optimizer"
+    " step first, then clip_grad_norm_, then optimizer.step()"
+)
+
 
 class PlainStepper:
     """Drives one optimizer without DeepSpeed.
@@ -36,11 +41,20 @@ class PlainStepper:
                 if parameter.grad is not None:
                     yield parameter.grad
 
-    def count_backward(self) -> None:
-        """A backward pass ran."""
+    def begin_backward(self) -> None:
+        """A backward pass comes.
+
+        Raises:
+            UsageError: the window's gradients are final already.
+        """
+        if self._corrected:
+            raise UsageError(AFTER_CLIPPING)
+
+    def count_backward(self, scaled: bool) -> None:
+        """A backward pass ran; `scaled` if its loss was divided by the gradient accumulation steps."""
         state = self._state
         self.window.size = state.num_steps
-        self.window.backward(state.batches_drawn if state.in_dataloader else None)
+        self.window.backward(state.batches_drawn if state.in_dataloader else None, scaled)
         if not self.window.inside_context and not state.script_cuts:
             state._mirror_sync_gradients(self.window.syncs)
 

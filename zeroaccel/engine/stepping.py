@@ -6,7 +6,7 @@ backward pass only accumulates; the first of `clip_grad_norm_`, `clip_grad_value
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from zeroaccel.engine.gradients import gradients_of
-from zeroaccel.engine.plain_stepping import check_at_epoch_end, never_stepped
+from zeroaccel.engine.plain_stepping import AFTER_CLIPPING, check_at_epoch_end, never_stepped
 from zeroaccel.engine.window import Window
 from zeroaccel.errors import UnsupportedError, UsageError
 from zeroaccel.state import GradientState
@@ -45,6 +45,7 @@ class Stepper:
         self._reduced = False
         self._native = False
         self._reached = False
+        self._graph_kept = False
         self._hook_engine()
         self._gradients.after_step()
         check_at_epoch_end(self, state)
@@ -85,11 +86,12 @@ class Stepper:
                 " accumulation window: use the one pair or the other"
             )
         self._native = True
-        self.engine.set_gradient_accumulation_boundary(None)
 
     def _enter_torch_backward(self) -> None:
         if self._native:
             return
+        if self.engine.zero_optimization_stage() == 0:  # DeepSpeed has no hooks there
+            raise UsageError("at ZeRO stage 0 call accelerator.backward(loss) instead of loss.backward()")
         if self._gradients.loss_scale != 1.0:
             raise UsageError("fp16 needs its loss scaled: call accelerator.backward(loss) instead of loss.backward()")
         self._begin_backward()
@@ -105,10 +107,7 @@ class Stepper:
                 " optimizer.step cannot join in"
             )
         if self._reduced:
-            raise UsageError(
-                "backward was called after the window's gradients were clipped or read: run all backward passes"
-                " of an optimizer step first, then clip_grad_norm_, then optimizer.step()"
-            )
+            raise UsageError(AFTER_CLIPPING)
         self._reached = False
         self._gradients.arm()
 
@@ -210,13 +209,27 @@ def backward(
         stepper._begin_backward()
     if scale_wrt_gas:
         loss = loss / steppers[0]._state.num_steps
-    if len(steppers) == 1:
-        _backward_one(steppers[0], loss, retain_graph)
-        reached: Iterable[Stepper] = steppers
-    else:
-        reached = _backward_several(steppers, loss, retain_graph)
+    try:
+        reached = _backward_through(steppers, loss, retain_graph)
+    except RuntimeError as error:
+        if any(stepper._graph_kept for stepper in steppers):
+            raise UnsupportedError(
+                "a second backward pass through a graph that was kept (retain_graph=True) does not work at ZeRO stage"
+                " 3, which lets go of the weights after the first: add the losses and call backward once"
+            ) from error
+        raise
+    for stepper in steppers:
+        stepper._graph_kept = retain_graph and stepper.engine.zero_optimization_stage() == 3
     for stepper in reached:
         stepper._count_backward(scaled=scale_wrt_gas)
+
+
+def _backward_through(steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool) -> Sequence[Stepper]:
+    """Runs the pass; returns the engines that took part."""
+    if len(steppers) > 1:
+        return _backward_several(steppers, loss, retain_graph)
+    _backward_one(steppers[0], loss, retain_graph)
+    return steppers
 
 
 def _backward_one(stepper: Stepper, loss: torch.Tensor, retain_graph: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 
 
 class DeepSpeedEngineWrapper:
-    """An engine with the backward of this library.
+    """An engine with the loop of DeepSpeed's own: `backward` updates the weights, too.
 
     Attributes:
         engine: the `DeepSpeedEngine`.

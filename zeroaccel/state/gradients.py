@@ -65,7 +65,7 @@ class GradientState(Shared):
 
     @sync_gradients.setter
     def sync_gradients(self, value: bool) -> None:
-        # The script cuts its windows itself from now on (DESIGN.md, semantics 2).
+        # The script cuts its windows itself from now on (docs/design.md).
         self.script_cuts = True
         self._sync_gradients = bool(value)
 
