@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # DeepSpeed picks a GPU where it sees one; tests and demo run on CPU ranks everywhere.
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: help setup ops demo test test-full check
+.PHONY: help setup ops demo test test-full check bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,6 +31,9 @@ test: ops  ## the tests
 
 test-full: ops  ## the tests with their exhaustive matrices
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest --full
+
+bench: setup  ## what the loop costs beside raw DeepSpeed and Accelerate
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python benchmarks/loop.py
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
