@@ -152,7 +152,7 @@ def test_the_environment_is_read_in_one_place() -> None:
         for path in files()
         if not relative(path).startswith(ENVIRONMENT)
         and any(
-            isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+            getattr(node, "attr", getattr(node, "name", "")) in ("environ", "getenv", "putenv")
             for node in ast.walk(ast.parse(path.read_text()))
         )
     ]

@@ -3,15 +3,6 @@
 from __future__ import annotations
 
 from zeroaccel.lazy import reexport
+from zeroaccel.utils import memory
 
-__getattr__, __all__ = reexport(
-    __name__,
-    {
-        "zeroaccel.engine.memory": [
-            "clear_device_cache",
-            "find_executable_batch_size",
-            "release_memory",
-            "should_reduce_batch_size",
-        ],
-    },
-)
+__getattr__, __all__ = reexport(__name__, {memory.__name__: memory.__all__})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 from zeroaccel.distributed.operations import recursively_apply
 from zeroaccel.errors import UsageError
+
+# PyTorch's words: "must have the same dtype", "expected scalar type", "Input type (float) and bias type ...".
+SPEAKS_OF_DTYPES = re.compile(r"dtype|scalar type|[Ii]nput type|mixed d?type|data type|type [Ff]loat")
 
 
 def guard_inputs(engine: Any, dtype: torch.dtype, cast: bool) -> None:
@@ -32,7 +36,7 @@ def guard_inputs(engine: Any, dtype: torch.dtype, cast: bool) -> None:
         except (RuntimeError, ValueError) as error:  # ValueError: recurrent layers
             named = {**_positional(engine.module, args), **kwargs}
             mismatched = [f"{name} ({found})" for name, found in _floats(named) if found != dtype]
-            if "type" not in str(error) or not mismatched:
+            if not SPEAKS_OF_DTYPES.search(str(error)) or not mismatched:
                 raise
             raise UsageError(
                 f"the model computes in {dtype}, but got {', '.join(mismatched)}: cast the batch"
