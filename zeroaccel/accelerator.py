@@ -500,7 +500,7 @@ class Accelerator:
         """Prepares a scheduler whose optimizer was prepared before."""
         if kind_of(scheduler) is not Kind.SCHEDULER:
             return scheduler
-        prepared = self._backend.prepare_scheduler(scheduler, self._optimizers)
+        prepared = self._backend.prepare_scheduler(scheduler)
         self._register(prepared)
         return prepared
 

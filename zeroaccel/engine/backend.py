@@ -73,7 +73,7 @@ class Backend(Protocol):
         """Mixed precision for code outside the model."""
         ...
 
-    def prepare_scheduler(self, scheduler: Any, optimizers: list[Any]) -> Any:
+    def prepare_scheduler(self, scheduler: Any) -> Any:
         """Prepares a scheduler on its own."""
         ...
 

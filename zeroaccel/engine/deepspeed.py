@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from zeroaccel.engine.precision import guard_inputs
 from zeroaccel.engine.quiet import quiet_deepspeed
 from zeroaccel.engine.scheduler import AcceleratedScheduler, DeepSpeedSchedulerWrapper, DummyScheduler, redirect
 from zeroaccel.engine.stepping import Stepper
+from zeroaccel.engine.window import micro_batch
 from zeroaccel.errors import ConfigError, UnsupportedError, UsageError
 from zeroaccel.logging import library_logger
 from zeroaccel.state import AcceleratorState, GradientState
@@ -85,7 +85,7 @@ class DeepSpeedBackend:
             self._early_loaders += loaders
         for scheduler in schedulers:
             if id(scheduler) not in replacements:
-                replacements[id(scheduler)] = self.prepare_scheduler(scheduler, [])
+                replacements[id(scheduler)] = self.prepare_scheduler(scheduler)
         return replace(objects, replacements)
 
     def _refuse_again(self, values: list[Any]) -> None:
@@ -204,12 +204,11 @@ class DeepSpeedBackend:
             made[id(scheduler)] = mark_prepared(DeepSpeedSchedulerWrapper(engine_scheduler, wrapper))
         return made
 
-    def prepare_scheduler(self, scheduler: Any, optimizers: list[Any]) -> Any:
+    def prepare_scheduler(self, scheduler: Any) -> Any:
         """Has a PyTorch scheduler drive the optimizer that really steps.
 
         Args:
             scheduler: made from the user's optimizer, or from what `prepare()` made of it.
-            optimizers: every prepared optimizer; this backend knows its own.
 
         Raises:
             ConfigError: no prepared optimizer is the scheduler's, or only the engine could step it.
@@ -276,16 +275,9 @@ class DeepSpeedBackend:
             )
         stepping.backward(self._steppers, loss, **options)
 
-    @contextmanager
-    def accumulation(self, closing: bool) -> Iterator[None]:
-        """One micro-batch of `accumulate()`, for all engines: `sync_gradients` is one flag for all of them."""
-        for stepper in self._steppers:
-            stepper.window.enter_context(closing)
-        try:
-            yield
-        finally:
-            for stepper in self._steppers:
-                stepper.window.leave_context()
+    def accumulation(self, closing: bool) -> AbstractContextManager[None]:
+        """One micro-batch of `accumulate()`."""
+        return micro_batch([stepper.window for stepper in self._steppers], closing)
 
     def _owners(self, parameters: Any, what: str) -> list[Stepper]:
         """Engines that own the parameters, each with all that it trains.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from zeroaccel.engine.backend import Setup
 from zeroaccel.engine.optimizer import AcceleratedOptimizer, DummyOptim
 from zeroaccel.engine.plain_stepping import PlainStepper, check_at_epoch_end
 from zeroaccel.engine.scheduler import AcceleratedScheduler, DummyScheduler
+from zeroaccel.engine.window import micro_batch
 from zeroaccel.errors import ConfigError
 from zeroaccel.state import AcceleratorState, GradientState
 
@@ -48,7 +49,7 @@ class PlainBackend:
             elif kind is Kind.OPTIMIZER:
                 replacements[id(value)] = self._prepare_optimizer(value, place)
         for scheduler in distinct(objects, Kind.SCHEDULER):
-            replacements[id(scheduler)] = self.prepare_scheduler(scheduler, self._wrappers)
+            replacements[id(scheduler)] = self.prepare_scheduler(scheduler)
         return replace(objects, replacements)
 
     def _placed(self, place: bool | None) -> bool:
@@ -86,16 +87,16 @@ class PlainBackend:
         self._wrappers.append(mark_prepared(wrapper))
         return wrapper
 
-    def prepare_scheduler(self, scheduler: Any, optimizers: list[Any]) -> Any:
+    def prepare_scheduler(self, scheduler: Any) -> Any:
         """Ties the scheduler to its optimizer, or to all of them where it has none."""
         if isinstance(scheduler, DummyScheduler):
             raise ConfigError(
                 "DummyScheduler stands for the scheduler of a DeepSpeed config, and this run has no DeepSpeed:"
                 " use a torch.optim.lr_scheduler instead"
             )
-        own = [o for o in optimizers if o.optimizer is getattr(scheduler, "optimizer", None)]
+        own = [o for o in self._wrappers if o.optimizer is getattr(scheduler, "optimizer", None)]
         wrapper = AcceleratedScheduler(
-            scheduler, own or optimizers, self._setup.step_scheduler_with_optimizer, self._setup.split_batches
+            scheduler, own or self._wrappers, self._setup.step_scheduler_with_optimizer, self._setup.split_batches
         )
         return mark_prepared(wrapper)
 
@@ -112,16 +113,9 @@ class PlainBackend:
         for stepper in self._steppers:
             stepper.count_backward(scaled)
 
-    @contextmanager
-    def accumulation(self, closing: bool) -> Iterator[None]:
+    def accumulation(self, closing: bool) -> AbstractContextManager[None]:
         """One micro-batch of `accumulate()`."""
-        for stepper in self._steppers:
-            stepper.window.enter_context(closing)
-        try:
-            yield
-        finally:
-            for stepper in self._steppers:
-                stepper.window.leave_context()
+        return micro_batch([stepper.window for stepper in self._steppers], closing)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float) -> torch.Tensor:
         """PyTorch's, on gradients that are final; inside an open window nothing, and the last norm again."""

@@ -7,6 +7,8 @@ backward passes. docs/design.md holds the same rules as a table.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 
 
@@ -133,3 +135,15 @@ class Window:
     def forgotten(self) -> bool:
         """Whether a full window of gradients waits for a `step()` that was never called."""
         return self.steps_called == 0 and self.micro_batches >= self.size
+
+
+@contextmanager
+def micro_batch(windows: Sequence[Window], closing: bool) -> Iterator[None]:
+    """One block of `accumulate()`, for all engines: `sync_gradients` is one flag for all of them."""
+    for window in windows:
+        window.enter_context(closing)
+    try:
+        yield
+    finally:
+        for window in windows:
+            window.leave_context()
