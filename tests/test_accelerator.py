@@ -397,24 +397,6 @@ def the_wrapped_engine_steps_where_it_is_told() -> None:
         assert torch.allclose(before - model.module.weight, torch.full((1, 2), 2 * 0.1 * 2 / steps))
 
 
-def a_kept_graph_is_refused_at_stage_3() -> None:
-    for stage in (2, 3):
-        reset_states()
-        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage))
-        assert accelerator.deepspeed_config is not None
-        accelerator.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-        model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        loss = model(torch.ones(1, 2)).sum()
-        accelerator.backward(loss, retain_graph=True)
-        if stage == 3:
-            with pytest.raises(UnsupportedError, match="add the losses and call backward once"):
-                accelerator.backward(loss)
-        else:
-            accelerator.backward(loss)
-            optimizer.step()
-
-
 def state_can_be_reset() -> None:
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=1))
     assert AcceleratorState._shared_state["deepspeed_plugins"] is accelerator.deepspeed_plugin
@@ -433,7 +415,6 @@ ON_TWO_RANKS = [
     misuse_is_refused,
     native_engine_calls_keep_their_meaning,
     the_wrapped_engine_steps_where_it_is_told,
-    a_kept_graph_is_refused_at_stage_3,
     state_can_be_reset,
 ]
 

@@ -599,7 +599,9 @@ class Accelerator:
 
         Args:
             loss: scalar.
-            kwargs: `retain_graph`, and `scale_wrt_gas=False` for a loss that is scaled already.
+            kwargs: `retain_graph`; `scale_wrt_gas=False` for a loss that is scaled already; `weight=n` for a loss
+                that is the mean over n tokens: the step is then on the mean over all tokens of the accumulation
+                window and of all ranks.
         """
         self._backend.backward(loss, **kwargs)
 

@@ -12,11 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.distributed.pool import reset_states
 from tests.parity.problem import full_weights
+from zeroaccel.errors import UsageError
 
 FEATURES, BATCH = 6, 3
 TOLERANCE = {"no": 2e-6, "bf16": 4e-2, "fp16": 4e-3}
@@ -33,8 +36,10 @@ class Net(nn.Module):
         self.head_b = nn.Linear(8, 2)
         self.unused = nn.Linear(3, 3)
 
-    def forward(self, x: torch.Tensor, head: str = "a") -> torch.Tensor:
+    def forward(self, x: torch.Tensor, head: str = "a") -> Any:
         hidden = torch.tanh(self.trunk(x.to(self.trunk.weight.dtype))) * self.scale
+        if head == "both":
+            return self.head_a(hidden), self.head_b(hidden)
         return self.head_a(hidden) if head == "a" else self.head_b(hidden)
 
 
@@ -107,9 +112,40 @@ class Loop:
         for parameter in self.peer.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        torch.nn.utils.clip_grad_norm_(self.peer.parameters(), clip)
+        self.peer_norm = float(torch.nn.utils.clip_grad_norm_(self.peer.parameters(), clip))
         self.peer_optimizer.step()
         self.peer_optimizer.zero_grad()
+
+    def peer_gradients(self) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in self.peer.named_parameters()
+        }
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients, before the step; unused parameters may have none at stage 0."""
+        from deepspeed.utils import safe_get_full_grad
+
+        found = {name: safe_get_full_grad(parameter) for name, parameter in self.model.module.named_parameters()}
+        scale = self.optimizer.optimizer.loss_scale if self.kind.stage == 0 and self.kind.precision == "fp16" else 1.0
+        return {name: value.float().cpu() / scale for name, value in found.items() if value is not None}
+
+    def set_gradient(self, name: str, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_grad
+
+        parameter = dict(self.model.module.named_parameters())[name]
+        scale = self.optimizer.optimizer.loss_scale if self.kind.stage == 0 and self.kind.precision == "fp16" else 1.0
+        safe_set_full_grad(parameter, (value * scale).to(self.device))
+
+    def both_heads(self, model: Any, number: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of both heads on one trunk."""
+        device = self.device if model is self.model else None
+        first, second = model(batch_of(number, rank).to(device), "both")
+        return loss_of(first), loss_of(second)
+
+    def check_norm(self, norm: torch.Tensor) -> None:
+        """The norm is that of the reference's last step."""
+        assert abs(float(norm) - self.peer_norm) <= max(TOLERANCE[self.kind.precision], 1e-5) * max(self.peer_norm, 1.0)
 
     def check(self) -> float:
         """The largest difference of a weight, which must be one of rounding."""
@@ -303,11 +339,11 @@ def _token_losses(model: Any, number: int, rank: int, device: Any = None) -> tor
     return (output.float() - 1.0).square().mean(dim=1).sum()
 
 
-def _one_big_batch(loop: Loop, numbers: Iterable[int]) -> None:
+def _one_big_batch(loop: Loop, numbers: Iterable[int], clip: float = float("inf")) -> None:
     listed = list(numbers)
     total = sum(TOKENS[rank % 2][number] for number in listed for rank in range(loop.ranks))
     sums = [_token_losses(loop.peer, number, rank) for number in listed for rank in range(loop.ranks)]
-    loop.peer_step(torch.stack(sums).sum() / total)
+    loop.peer_step(torch.stack(sums).sum() / total, clip=clip)
 
 
 def _windows(size: int, last: int) -> Iterator[range]:
@@ -330,6 +366,152 @@ def the_token_weighted_recipe_of_the_guide(kind: Kind) -> float:
     return loop.check()
 
 
+def a_loss_weighted_in_one_line(kind: Kind) -> float:
+    """`accumulate()` cuts the windows, the last one short."""
+    loop = Loop(kind, steps=4)
+    numbers = DataLoader(TensorDataset(torch.arange(6 * loop.ranks)), batch_size=1)
+    for (number,) in loop.accelerator.prepare(numbers):
+        with loop.accelerator.accumulate(loop.model):
+            _backward_mean(loop, int(number) // loop.ranks)
+            loop.step()
+    for window in _windows(4, 2):
+        _one_big_batch(loop, window)
+    return loop.check()
+
+
+def _backward_mean(loop: Loop, number: int) -> None:
+    tokens = TOKENS[loop.rank % 2][number]
+    mean = _token_losses(loop.model, number, loop.rank, loop.device) / tokens
+    loop.accelerator.backward(mean, weight=tokens)
+
+
+def a_weighted_loss_is_clipped_by_its_true_norm(kind: Kind) -> float:
+    loop = Loop(kind)
+    for window in _windows(3, 2):
+        for number in window:
+            _backward_mean(loop, number)
+        norm = loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.05)
+        loop.step()
+        _one_big_batch(loop, window, clip=0.05)
+        loop.check_norm(norm)
+    return loop.check()
+
+
+# --- a graph that is kept -----------------------------------------------------------------------------------------
+
+
+def a_graph_used_twice(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loss = loop.loss(number)
+        loop.accelerator.backward(loss, retain_graph=True)
+        loop.accelerator.backward(loss * loss)
+        loop.step()
+        losses = [loss_of(loop.peer(batch_of(number, rank))) for rank in range(loop.ranks)]
+        loop.peer_step(torch.stack([loss + loss * loss for loss in losses]).mean())
+    return loop.check()
+
+
+def a_trunk_kept_for_a_second_head(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        first, second = loop.both_heads(loop.model, number, loop.rank)
+        loop.accelerator.backward(first, retain_graph=True)
+        loop.accelerator.backward(second)
+        loop.step()
+        pairs = [loop.both_heads(loop.peer, number, rank) for rank in range(loop.ranks)]
+        loop.peer_step(torch.stack([first + second for first, second in pairs]).mean())
+    return loop.check()
+
+
+# --- gradients read and changed before the step -------------------------------------------------------------------
+
+
+def gradients_can_be_read(kind: Kind) -> float:
+    loop = Loop(kind)
+    worst = 0.0
+    for number in range(3):
+        loop.accelerator.backward(loop.loss(number))
+        loop.peer_loss(number).backward()
+        expected = loop.peer_gradients()
+        for name, gradient in loop.gradients().items():
+            worst = max(worst, float((gradient - expected[name]).abs().max()))
+        loop.step()
+        loop.peer_end()
+    assert worst <= TOLERANCE[kind.precision], f"a gradient differs by {worst:.1e}"
+    return max(worst, loop.check())
+
+
+def gradients_can_be_edited_before_a_clipped_step(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loop.accelerator.backward(loop.loss(number))
+        for name, gradient in loop.gradients().items():
+            loop.set_gradient(name, gradient.abs() * 3)
+        norm = loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.5)
+        loop.step()
+        loop.peer_loss(number).backward()
+        for parameter in loop.peer.parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.abs() * 3
+        loop.peer_end(clip=0.5)
+        loop.check_norm(norm)
+    return loop.check()
+
+
+def clipped_gradients_can_be_read_and_edited(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loop.accelerator.backward(loop.loss(number))
+        loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.5)
+        for name, gradient in loop.gradients().items():
+            loop.set_gradient(name, gradient * 2)
+        loop.step()
+        loop.peer_loss(number).backward()
+        torch.nn.utils.clip_grad_norm_(loop.peer.parameters(), 0.5)
+        for parameter in loop.peer.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= 2
+        loop.peer_end()
+    return loop.check()
+
+
+def reading_in_an_open_window_is_refused(kind: Kind) -> float:
+    if kind.stage == 0:  # where `parameter.grad` is an attribute
+        return 0.0
+    loop = Loop(kind, steps=2)
+    for number in range(2):
+        loop.accelerator.backward(loop.loss(number))
+        if number == 0:
+            with pytest.raises(UsageError, match="1 of 2 micro-batches"):
+                loop.gradients()
+        loop.step()
+    loop.peer_step(loop.peer_loss(0) / 2, loop.peer_loss(1) / 2)
+    return loop.check()
+
+
+# --- gradients that are not finite --------------------------------------------------------------------------------
+
+
+def a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(kind: Kind) -> float:
+    if kind.precision == "no":  # as PyTorch, which steps
+        return 0.0
+    loop = Loop(kind)
+    scheduler = loop.accelerator.prepare(torch.optim.lr_scheduler.StepLR(loop.optimizer, 100))
+    for number in range(3):
+        broken = number == 1 and loop.rank == 0
+        loop.accelerator.backward(loop.loss(number) * (float("inf") if broken else 1.0))
+        before = scheduler.scheduler.last_epoch
+        loop.optimizer.step()
+        scheduler.step()
+        loop.optimizer.zero_grad()
+        assert loop.optimizer.step_was_skipped is (number == 1)
+        assert (scheduler.scheduler.last_epoch == before) is (number == 1)
+        if number != 1:
+            loop.peer_step(loop.peer_loss(number))
+    return loop.check()
+
+
 SITUATIONS: list[Callable[[Kind], float]] = [
     two_losses_one_after_the_other,
     two_forwards_then_two_backwards,
@@ -342,6 +524,15 @@ SITUATIONS: list[Callable[[Kind], float]] = [
     one_backward_serves_two_engines,
     two_engines_alternate,
     the_token_weighted_recipe_of_the_guide,
+    a_loss_weighted_in_one_line,
+    a_weighted_loss_is_clipped_by_its_true_norm,
+    a_graph_used_twice,
+    a_trunk_kept_for_a_second_head,
+    gradients_can_be_read,
+    gradients_can_be_edited_before_a_clipped_step,
+    clipped_gradients_can_be_read_and_edited,
+    reading_in_an_open_window_is_refused,
+    a_gradient_that_is_not_finite_skips_the_step_on_all_ranks,
 ]
 
 

@@ -30,6 +30,7 @@ from zeroaccel.engine.precision import guard_inputs
 from zeroaccel.engine.quiet import quiet_deepspeed
 from zeroaccel.engine.scheduler import AcceleratedScheduler, DeepSpeedSchedulerWrapper, DummyScheduler, redirect
 from zeroaccel.engine.stepping import Stepper
+from zeroaccel.engine.weights import LossWeights
 from zeroaccel.engine.window import micro_batch
 from zeroaccel.errors import ConfigError, UnsupportedError, UsageError
 from zeroaccel.logging import library_logger
@@ -50,6 +51,7 @@ class DeepSpeedBackend:
         self._setup = setup
         self._state = state
         self._gradient_state = gradient_state
+        self._weights = LossWeights(state.device)
         self._steppers: list[Stepper] = []
         self._optimizers: list[tuple[Any, DeepSpeedOptimizerWrapper]] = []  # the user's, what became of it
         self._resolved: ResolvedConfig | None = None
@@ -168,7 +170,7 @@ class DeepSpeedBackend:
         engine, sharded, _, engine_scheduler = construction.initialize(**arguments)
         made: dict[int, Any] = {id(model): self._finish_engine(engine)}
         if optimizer is not None:
-            stepper = Stepper(engine, trained, self._gradient_state)
+            stepper = Stepper(engine, trained, self._gradient_state, self._weights)
             made.update(self._wrap(stepper, sharded, engine_scheduler, optimizer, scheduler))
             self._log_summary(stepper)
         return made
@@ -267,7 +269,7 @@ class DeepSpeedBackend:
             raise UsageError(
                 "backward needs a model that was prepared with its optimizer: accelerator.prepare(model, optimizer)"
             )
-        if unknown := set(options) - {"retain_graph", "scale_wrt_gas"}:
+        if unknown := set(options) - {"retain_graph", "scale_wrt_gas", "weight"}:
             raise UnsupportedError(f"backward({', '.join(sorted(unknown))}=...) does not exist under DeepSpeed")
         if loss.numel() != 1:
             raise ConfigError(

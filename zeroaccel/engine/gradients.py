@@ -8,6 +8,7 @@ clipped, changed; then the engine's step, and `after_step`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,9 +19,19 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 
 from zeroaccel.errors import UnsupportedError
 
+# of a module: passes that stage 3's hooks expect
+_COUNTERS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
 
 class Gradients:
-    """Stage 0: plain data parallelism, gradients in `parameter.grad`; base of the others."""
+    """Stage 0: plain data parallelism, gradients in `parameter.grad`; base of the others.
+
+    Attributes:
+        local: gradients lie in `parameter.grad` of every rank, where the script sees and changes them, so they are
+            averaged as soon as a step could follow. A further backward pass may join, since averaging is linear.
+    """
+
+    local = True
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -34,6 +45,11 @@ class Gradients:
     def arm(self) -> None:
         """Before every backward pass: it shall accumulate, not finish a window."""
         self.engine.set_gradient_accumulation_boundary(False)
+
+    @contextmanager
+    def keeping_graph(self) -> Iterator[None]:
+        """Around a backward pass after which its graph is backwarded again."""
+        yield
 
     def reduce(self) -> None:
         """Averages the window's gradients over the ranks; collective, once a window."""
@@ -62,7 +78,10 @@ class Gradients:
         return norm
 
     def hold_norm(self, scaled: torch.Tensor) -> None:
-        """Spares the step a second computation of the norm; `after_step` lets go of it."""
+        """Spares the step a second computation of the norm; `release_norm` and `after_step` let go of it."""
+
+    def release_norm(self) -> None:
+        """The held norm is true no more."""
 
     def set_clipping(self, max_norm: float) -> None:
         """Sets what the next step clips to; 0 is off."""
@@ -81,6 +100,8 @@ class Gradients:
 
 
 class _ZeroGradients(Gradients):
+    local = False
+
     def arm(self) -> None:
         super().arm()
         self.optimizer.clear_backward_seen_flag()
@@ -93,6 +114,12 @@ class _ZeroGradients(Gradients):
 
 class Stage12Gradients(_ZeroGradients):
     """Stages 1 and 2, with and without optimizer offload."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        if not self.optimizer.partition_gradients:
+            # Else stage 1 leaves this rank's own gradient in `parameter.grad`, where it is taken for the average.
+            self.optimizer.use_grad_accum_attribute = True
 
     def reduce(self) -> None:
         if not self.optimizer.partition_gradients:
@@ -162,9 +189,12 @@ class Stage12Gradients(_ZeroGradients):
             optimizer._offload_accumulated_param_ids = set()
             self._zero_offloaded()
 
+    def release_norm(self) -> None:
+        self.optimizer.__dict__.pop("scaled_global_norm", None)
+
     def after_step(self) -> None:
         super().after_step()
-        self.optimizer.__dict__.pop("scaled_global_norm", None)
+        self.release_norm()
         if self.optimizer.cpu_offload:
             self._zero_offloaded()
 
@@ -201,10 +231,24 @@ class Bf16Gradients(_ZeroGradients):
 class Stage3Gradients(_ZeroGradients):
     """Stage 3, with and without offload to CPU memory or NVMe."""
 
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._counted: list[Any] = []
+
     def arm(self) -> None:
         super().arm()
         # At 0 DeepSpeed copies instead of accumulating: wrong once two losses touch different parameters.
         self.optimizer.micro_step_id = max(self.optimizer.micro_step_id, 1)
+
+    @contextmanager
+    def keeping_graph(self) -> Iterator[None]:
+        # DeepSpeed's hooks fetch weights for as many backward passes as there were forward passes.
+        modules = [module for module in self.engine.module.modules() if _COUNTERS[0] in module.__dict__]
+        counts = [{name: module.__dict__[name] for name in _COUNTERS} for module in modules]
+        self._counted += modules
+        yield
+        for module, count in zip(modules, counts, strict=True):
+            module.__dict__.update(count)
 
     def reduce(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -241,6 +285,8 @@ class Stage3Gradients(_ZeroGradients):
                 if key in norms:
                     group, offset, count = self.optimizer.grad_position[key]
                     gradient = self.optimizer.fp32_partitioned_groups_flat[group].grad
+                    if gradient is None:  # on NVMe: fragments.py keeps its norm
+                        continue
                     norms[key] = gradient.narrow(0, offset, count).double().norm(2)
 
     def scaled_norm(self) -> torch.Tensor:
@@ -259,9 +305,14 @@ class Stage3Gradients(_ZeroGradients):
             self.optimizer.norm_for_param_grads = {}
         self._zero_buffers()
 
+    def release_norm(self) -> None:
+        self.optimizer.__dict__.pop("_get_norm_groups", None)
+
     def after_step(self) -> None:
         super().after_step()
-        self.optimizer.__dict__.pop("_get_norm_groups", None)
+        while self._counted:  # no graph outlives the step
+            self._counted.pop().applied_pre_backward_ref_cnt = 0
+        self.release_norm()
         self._zero_buffers()
 
     def _zero_buffers(self) -> None:

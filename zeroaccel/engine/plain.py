@@ -15,6 +15,7 @@ from zeroaccel.engine.backend import Setup
 from zeroaccel.engine.optimizer import AcceleratedOptimizer, DummyOptim
 from zeroaccel.engine.plain_stepping import PlainStepper, check_at_epoch_end
 from zeroaccel.engine.scheduler import AcceleratedScheduler, DummyScheduler
+from zeroaccel.engine.weights import LossWeights
 from zeroaccel.engine.window import micro_batch
 from zeroaccel.errors import ConfigError
 from zeroaccel.state import AcceleratorState, GradientState
@@ -29,6 +30,7 @@ class PlainBackend:
         self._setup = setup
         self._state = state
         self._gradient_state = gradient_state
+        self._weights = LossWeights(state.device)
         self._steppers: list[PlainStepper] = []
         self._wrappers: list[AcceleratedOptimizer] = []
         self._last_norm = torch.zeros((), device=state.device)
@@ -80,7 +82,7 @@ class PlainBackend:
                 "DummyOptim stands for the optimizer of a DeepSpeed config, and this run has no DeepSpeed: pass"
                 " `Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=...))`, or use a torch.optim optimizer"
             )
-        stepper = PlainStepper(optimizer, self._gradient_state, self.scaler)
+        stepper = PlainStepper(optimizer, self._gradient_state, self.scaler, self._weights)
         check_at_epoch_end(stepper, self._gradient_state)
         wrapper = AcceleratedOptimizer(optimizer, self._placed(place), self.scaler, stepper)
         self._steppers.append(stepper)
@@ -102,16 +104,20 @@ class PlainBackend:
 
     def backward(self, loss: torch.Tensor, **options: Any) -> None:
         """`loss.backward` of the loss divided by the accumulation steps; `options` go to `torch.Tensor.backward`."""
+        scaled, weight = options.pop("scale_wrt_gas", True), options.pop("weight", None)
         for stepper in self._steppers:
+            stepper.window.check_weight(weight is not None)
             stepper.begin_backward()
-        scaled = options.pop("scale_wrt_gas", True)
-        if scaled:
+        relative = None if weight is None else self._weights.relative(weight)
+        if relative is not None:
+            loss = loss * relative
+        elif scaled:
             loss = loss / self._gradient_state.num_steps
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         loss.backward(**options)  # type: ignore[no-untyped-call]
         for stepper in self._steppers:
-            stepper.count_backward(scaled)
+            stepper.count_backward(scaled, relative)
 
     def accumulation(self, closing: bool) -> AbstractContextManager[None]:
         """One micro-batch of `accumulate()`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from zeroaccel.engine.weights import LossWeights
 from zeroaccel.engine.window import Window
 from zeroaccel.errors import UsageError
 from zeroaccel.state import GradientState
@@ -26,12 +27,19 @@ class PlainStepper:
         step_was_skipped: whether the scaler gave up the last real step because of an overflow.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, state: GradientState, scaler: Any = None) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        state: GradientState,
+        scaler: Any = None,
+        weights: LossWeights | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.window = Window(state.num_steps)
         self.step_was_skipped = False
         self._state = state
         self._scaler = scaler
+        self._weights = weights or LossWeights(torch.device("cpu"))
         self._corrected = False
         self._unscaled = False
 
@@ -50,11 +58,11 @@ class PlainStepper:
         if self._corrected:
             raise UsageError(AFTER_CLIPPING)
 
-    def count_backward(self, scaled: bool) -> None:
-        """A backward pass ran; `scaled` if its loss was divided by the gradient accumulation steps."""
+    def count_backward(self, scaled: bool, weight: float | None = None) -> None:
+        """A backward pass ran, of a loss divided by the gradient accumulation steps, or multiplied by `weight`."""
         state = self._state
         self.window.size = state.num_steps
-        self.window.backward(state.batches_drawn if state.in_dataloader else None, scaled)
+        self.window.backward(state.batches_drawn if state.in_dataloader else None, scaled, weight)
         if not self.window.inside_context and not state.script_cuts:
             state._mirror_sync_gradients(self.window.syncs)
 
@@ -73,7 +81,11 @@ class PlainStepper:
             self._unscaled = True
 
     def _correct(self) -> None:
-        if not self._corrected and (factor := self.window.correction) != 1.0:
+        if self._corrected:
+            return
+        weight = self.window.weight
+        factor = self.window.correction if weight is None else self._weights.factor(weight)
+        if factor != 1.0:
             for gradient in self._gradients():
                 gradient.mul_(factor)
         self._corrected = True

@@ -7,6 +7,7 @@ backward pass only accumulates; the first of `clip_grad_norm_`, `clip_grad_value
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from zeroaccel.engine.fragments import give_access
 from zeroaccel.engine.gradients import gradients_of
 from zeroaccel.engine.plain_stepping import AFTER_CLIPPING, check_at_epoch_end, never_stepped
+from zeroaccel.engine.weights import LossWeights
 from zeroaccel.engine.window import Window
 from zeroaccel.errors import UnsupportedError, UsageError
+from zeroaccel.logging import library_logger
 from zeroaccel.state import GradientState
+
+logger = library_logger(__name__)
 
 _GRAPHS = deepspeed_engine._ENGINE_BACKWARD_GRAPH_TRACKER
 
@@ -33,7 +39,7 @@ class Stepper:
         trained: ids of the parameters that the optimizer trains.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, trained: set[int], state: GradientState) -> None:
+    def __init__(self, engine: DeepSpeedEngine, trained: set[int], state: GradientState, weights: LossWeights) -> None:
         self.engine = engine
         self.window = Window(state.num_steps)
         self.step_was_skipped = False
@@ -42,13 +48,22 @@ class Stepper:
         self._last_norm = torch.zeros((), device=engine.device)
         self._state = state
         self._gradients = gradients_of(engine)
-        self._reduced = False
+        self._weights = weights
+        self._begin_window()
         self._native = False
         self._reached = False
-        self._graph_kept = False
         self._hook_engine()
         self._gradients.after_step()
+        give_access(engine.optimizer, self)
         check_at_epoch_end(self, state)
+
+    def _begin_window(self) -> None:
+        self._reduced = False  # the gradients are averaged over the ranks
+        self._factor = 1.0  # what they were multiplied with then
+        self._final = False  # they were clipped, read or changed: no backward pass may follow
+        self._edited = False  # DeepSpeed's stored norms are old
+        self._clipping: float | None = None  # what the script clips this window to, if the step is to do it
+        self.window.close()
 
     # --- the engine's own methods -------------------------------------------------------------------------------
 
@@ -106,56 +121,121 @@ class Stepper:
                 "this model is stepped natively (model.backward, model.step): accelerator.backward and"
                 " optimizer.step cannot join in"
             )
-        if self._reduced:
+        if self._final:
             raise UsageError(AFTER_CLIPPING)
+        if self._reduced:
+            self._multiply(1.0 / self._factor)
+            self._reduced = False
         self._reached = False
         self._gradients.arm()
 
-    def _count_backward(self, scaled: bool) -> None:
+    def _count_backward(self, scaled: bool, weight: float | None = None) -> None:
         state = self._state
         self.window.size = state.num_steps
-        self.window.backward(state.batches_drawn if state.in_dataloader else None, scaled)
+        self.window.backward(state.batches_drawn if state.in_dataloader else None, scaled, weight)
         if not self.window.inside_context and not state.script_cuts:
             state._mirror_sync_gradients(self.window.syncs)
+        if self._gradients.local and self._would_close():
+            self._reduce()
 
     # --- closing the window -------------------------------------------------------------------------------------
 
     def _closes(self) -> bool:
         return self.window.closes(self._state.script_cuts, self._state.sync_gradients)
 
+    def _would_close(self) -> bool:
+        return self.window.would_close(self._state.script_cuts, self._state.sync_gradients)
+
     def _reduce(self) -> None:
-        """Ends the accumulation: corrects a short window, averages over the ranks. Once a window."""
+        """Ends the accumulation: corrects a short or weighted window, averages over the ranks. Once a window."""
         if self._reduced:
             return
-        if (factor := self.window.correction) != 1.0:
-            for gradient in self._gradients.accumulated():
-                gradient.mul_(factor)
+        weight = self.window.weight
+        self._factor = self.window.correction if weight is None else self._weights.factor(weight)
+        self._multiply(self._factor)
         self._gradients.reduce()
         self._reduced = True
+
+    def _multiply(self, factor: float) -> None:
+        if factor != 1.0:
+            for gradient in self._gradients.accumulated():
+                gradient.mul_(factor)
+
+    def _refresh_norms(self) -> None:
+        if self._edited:
+            self._gradients.refresh_norms()
+            self._edited = False
 
     def norm(self) -> torch.Tensor:
         """True norm of this window's gradients before clipping; inside an open window, the last one's."""
         if self._closes():
-            self._reduce()
+            self.complete()
+            self._refresh_norms()
             scaled = self._gradients.scaled_norm()
             self._gradients.hold_norm(scaled)
-            self._last_norm = (scaled.float() / self._gradients.loss_scale).to(self.engine.device)
+            self._last_norm = (scaled.float() / self.loss_scale).to(self.engine.device)
         return self._last_norm
 
     def clip_norm(self, max_norm: float) -> None:
         """Clips this window's step to `max_norm`, 0 is off; inside an open window does nothing. Call `norm` first."""
-        if self._reduced:
-            self._gradients.set_clipping(max_norm)
+        if not self._final:
+            return
+        self._gradients.set_clipping(max_norm)
+        self._clipping = max_norm or None
+        if self._gradients.local:
+            self._clip_now()
+
+    def _clip_now(self) -> None:
+        """Scales the gradients, which the step would do else, so that they can be seen as they are stepped on."""
+        if self._clipping is None:
+            return
+        factor = float((self._clipping / (self._last_norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
+        if factor != 1.0:
+            for gradient in self._gradients.reduced():
+                gradient.mul_(factor)
+            self.edited()
+        self._gradients.set_clipping(0.0)
+        self._clipping = None
 
     def clip_value(self, clip_value: float) -> None:
         """Clamps every element of this window's gradients to [-clip_value, clip_value]."""
         if not self._closes():
             return
-        self._reduce()
-        bound = float(clip_value) * self._gradients.loss_scale
+        self.complete()
+        bound = float(clip_value) * self.loss_scale
         for gradient in self._gradients.reduced():
             gradient.clamp_(-bound, bound)
-        self._gradients.refresh_norms()
+        self.edited()
+
+    # --- reading and changing gradients, see fragments.py -------------------------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor between the gradients that DeepSpeed keeps and the true ones (fp16), else 1."""
+        return self._gradients.loss_scale
+
+    def complete(self) -> None:
+        """Makes this window's gradients final: averaged over the ranks, clipped if they were to be. Collective.
+
+        Raises:
+            UsageError: the window is still open, or nothing was backwarded.
+        """
+        if self._native:
+            return
+        if not self._would_close():
+            raise UsageError(
+                f"gradients are complete once their accumulation window is: {self.window.micro_batches} of"
+                f" {self.window.size} micro-batches were backwarded so far. Read them before optimizer.step(), where"
+                " accelerator.sync_gradients is True"
+            )
+        self._reduce()
+        self._final = True
+        self._clip_now()
+
+    def edited(self) -> None:
+        """This window's gradients were changed: norms are computed anew."""
+        self._edited = True
+        self._gradients.release_norm()
 
     def step(self) -> None:
         """The update, if this call closes the window; else nothing."""
@@ -167,22 +247,24 @@ class Stepper:
         if not real:
             return
         self._reduce()
+        self._refresh_norms()
         DeepSpeedEngine.step(self.engine)
         self.step_was_skipped = not self.engine.was_step_applied()
-        self._gradients.after_step()
-        self._gradients.set_clipping(self.configured_clipping)
-        self._reduced = False
-        self.window.close()
+        if self.step_was_skipped and not self.engine.dynamic_loss_scale():
+            logger.warning("a gradient was not finite: the optimizer step was skipped, on all ranks")
+        self._end_window()
 
     def zero_grad(self) -> None:
         """Throws the accumulated gradients away, unless an accumulation window is open."""
         if self._native or not self.window.clears or self.window.micro_batches == 0:
             return
         self._gradients.clear()
+        self._end_window()
+
+    def _end_window(self) -> None:
         self._gradients.after_step()
         self._gradients.set_clipping(self.configured_clipping)
-        self._reduced = False
-        self.window.close()
+        self._begin_window()
 
     def check_stepped(self) -> None:
         """At the end of a loader's epoch.
@@ -195,7 +277,11 @@ class Stepper:
 
 
 def backward(
-    steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    steppers: Sequence[Stepper],
+    loss: torch.Tensor,
+    retain_graph: bool = False,
+    scale_wrt_gas: bool = True,
+    weight: Any = None,
 ) -> None:
     """One backward pass that serves every engine that took part in the loss.
 
@@ -204,24 +290,24 @@ def backward(
         loss: scalar with a graph.
         retain_graph: keep the graph for another backward pass.
         scale_wrt_gas: divide by the gradient accumulation steps.
+        weight: number of tokens of which the loss is the mean; then the step is on the mean over all tokens of the
+            window and of all ranks, and nothing is divided by the gradient accumulation steps.
     """
     for stepper in steppers:
+        stepper.window.check_weight(weight is not None)
         stepper._begin_backward()
-    if scale_wrt_gas:
+    relative = None if weight is None else steppers[0]._weights.relative(weight)
+    if relative is not None:
+        loss = loss * relative
+    elif scale_wrt_gas:
         loss = loss / steppers[0]._state.num_steps
-    try:
+    with ExitStack() as stack:
+        if retain_graph:
+            for stepper in steppers:
+                stack.enter_context(stepper._gradients.keeping_graph())
         reached = _backward_through(steppers, loss, retain_graph)
-    except RuntimeError as error:
-        if any(stepper._graph_kept for stepper in steppers):
-            raise UnsupportedError(
-                "a second backward pass through a graph that was kept (retain_graph=True) does not work at ZeRO stage"
-                " 3, which lets go of the weights after the first: add the losses and call backward once"
-            ) from error
-        raise
-    for stepper in steppers:
-        stepper._graph_kept = retain_graph and stepper.engine.zero_optimization_stage() == 3
     for stepper in reached:
-        stepper._count_backward(scaled=scale_wrt_gas)
+        stepper._count_backward(scale_wrt_gas, relative)
 
 
 def _backward_through(steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool) -> Sequence[Stepper]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
+from zeroaccel.errors import UsageError
+
 
 class Cutter(Enum):
     """Who decides where a window ends."""
@@ -30,6 +32,7 @@ class Window:
         cutter: who cuts the open window.
         inside_context: whether an `accumulate()` block is running.
         steps_called: calls of `step()` so far, real or not.
+        weight: sum of the open window's loss weights on this rank, None where its losses have none.
     """
 
     def __init__(self, size: int = 1) -> None:
@@ -43,6 +46,7 @@ class Window:
         self._new_micro_batch = True
         self._batch: int | None = None
         self._rescalable = True
+        self.weight: float | None = None
 
     def enter_context(self, closing: bool) -> None:
         """An `accumulate()` block begins; `closing` if it is the last of its window."""
@@ -54,13 +58,28 @@ class Window:
         """The block ends; a `step()` right behind it still belongs to it."""
         self.inside_context = False
 
-    def backward(self, batch: int | None, scaled: bool = True) -> None:
+    def check_weight(self, weighted: bool) -> None:
+        """A backward pass comes, of a loss with or without a weight.
+
+        Raises:
+            UsageError: the window's losses so far were of the other kind.
+        """
+        if self.micro_batches and weighted is not (self.weight is not None):
+            raise UsageError(
+                "backward(loss, weight=...) and backward(loss) are mixed in one accumulation window, which would then"
+                " have two different means: give every loss of it a weight, or add the losses and call backward once"
+            )
+
+    def backward(self, batch: int | None, scaled: bool = True, weight: float | None = None) -> None:
         """A backward pass ran.
 
         Args:
             batch: number of the active loader's batch, None outside of loaders.
             scaled: whether the loss was divided by `size`; else the window is never rescaled.
+            weight: what the loss was multiplied with instead.
         """
+        if weight is not None:
+            self.weight = (self.weight or 0.0) + weight
         if self.inside_context:
             self.cutter = Cutter.CONTEXT
         else:
@@ -70,7 +89,7 @@ class Window:
             self.micro_batches += 1
             self._new_micro_batch = False
         self._batch = batch
-        self._rescalable &= scaled
+        self._rescalable &= scaled and weight is None
 
     def closes(self, script_cuts: bool = False, script_syncs: bool = True) -> bool:
         """Whether a `step()` now would be real. The first question outside `accumulate()` decides who cuts.
@@ -79,18 +98,29 @@ class Window:
             script_cuts: the script assigned `sync_gradients` itself.
             script_syncs: the value that it assigned.
         """
+        if self.micro_batches and self.cutter is not Cutter.CONTEXT:
+            self.cutter = self._outside = self._cutter_of_step(script_cuts)
+        return self.would_close(script_cuts, script_syncs)
+
+    def would_close(self, script_cuts: bool = False, script_syncs: bool = True) -> bool:
+        """What `closes` would answer, without deciding anything."""
         if self.micro_batches == 0:
             return False
-        if self.cutter is Cutter.CONTEXT:
+        cutter = self._cutter_of_step(script_cuts)
+        if cutter is Cutter.CONTEXT:
             return self._closing
-        if script_cuts:
-            self._outside = Cutter.SCRIPT
-        elif self._outside is Cutter.UNDECIDED:
-            self._outside = Cutter.LIBRARY if self.micro_batches == 1 else Cutter.SCRIPT
-        self.cutter = self._outside
-        if self.cutter is Cutter.SCRIPT:
+        if cutter is Cutter.SCRIPT:
             return script_syncs
         return self.micro_batches >= self.size
+
+    def _cutter_of_step(self, script_cuts: bool) -> Cutter:
+        if self.cutter is Cutter.CONTEXT:
+            return Cutter.CONTEXT
+        if script_cuts:
+            return Cutter.SCRIPT
+        if self._outside is Cutter.UNDECIDED:
+            return Cutter.LIBRARY if self.micro_batches == 1 else Cutter.SCRIPT
+        return self._outside
 
     def step(self, script_cuts: bool = False, script_syncs: bool = True) -> bool:
         """`optimizer.step()` was called: whether it is real. After a real one call `close()`."""
@@ -105,6 +135,7 @@ class Window:
         self.micro_batches = 0
         self._new_micro_batch = True
         self._rescalable = True
+        self.weight = None
 
     @property
     def clears(self) -> bool:
