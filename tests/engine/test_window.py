@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zeroaccel.engine.window import Cutter, Window
+from zeroaccel.errors import UsageError
 
 
 def run_library(window: Window, batches: int) -> list[bool]:
@@ -157,3 +158,144 @@ def test_a_loop_that_never_steps_is_noticed_after_a_full_window() -> None:
     assert window.forgotten
     window.step()
     assert not window.forgotten
+
+
+# --- whole loops: what each loss counts in the step that it belongs to ---------------------------------------------
+
+
+@st.composite
+def loops(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
+    """Accumulation steps, and for each epoch the number of backward passes in each of its batches."""
+    epochs = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=3)
+    return draw(st.integers(1, 5)), draw(epochs)
+
+
+class Counted:
+    """A loop's windows: per real step the coefficient of every loss in it."""
+
+    def __init__(self, size: int) -> None:
+        self.window = Window(size)
+        self.open: list[float] = []
+        self.steps: list[list[float]] = []
+        self.batch = 0
+
+    def backward(self, passes: int) -> None:
+        self.batch += 1
+        for _ in range(passes):
+            self.window.backward(self.batch)
+            self.open.append(1 / self.window.size)
+
+    def step(self) -> None:
+        if self.window.step():
+            self.steps.append([coefficient * self.window.correction for coefficient in self.open])
+            self.open = []
+            self.window.close()
+
+    def zero_grad(self) -> None:
+        if self.window.clears:
+            self.open = []
+            self.window.close()
+
+
+@given(loops(), st.booleans())
+def test_accumulate_gives_every_loss_the_mean_over_its_window(loop: tuple[int, list[list[int]]], first: bool) -> None:
+    """zero_grad at the begin of a block or at its end, several losses a block: none is lost or counted twice."""
+    size, epochs = loop
+    counted = Counted(size)
+    expected = []
+    for epoch in epochs:
+        for number, passes in enumerate(epoch):
+            counted.window.enter_context(closing=(number + 1) % size == 0 or number + 1 == len(epoch))
+            if first:
+                counted.zero_grad()
+            counted.backward(passes)
+            counted.step()
+            if not first:
+                counted.zero_grad()
+            counted.window.leave_context()
+        windows = [epoch[start : start + size] for start in range(0, len(epoch), size)]
+        expected += [[1 / len(window)] * sum(window) for window in windows]
+    assert [len(step) for step in counted.steps] == [len(step) for step in expected]
+    for step, wanted in zip(counted.steps, expected, strict=True):
+        assert step == pytest.approx(wanted)
+
+
+@given(loops())
+def test_the_librarys_count_runs_through_the_epochs(loop: tuple[int, list[list[int]]]) -> None:
+    size, epochs = loop
+    counted = Counted(size)
+    for passes in (passes for epoch in epochs for passes in epoch):
+        counted.backward(passes)
+        counted.step()
+        counted.zero_grad()
+    batches = [passes for epoch in epochs for passes in epoch]
+    full = [batches[start : start + size] for start in range(0, len(batches) - size + 1, size)]
+    assert counted.steps == [[1 / size] * sum(window) for window in full]
+    assert len(counted.open) == sum(batches[len(full) * size :])  # kept for the next epoch
+
+
+@given(loops(), st.integers(2, 4))
+def test_windows_that_the_script_cuts_keep_the_configured_division(loop: tuple[int, list[list[int]]], cut: int) -> None:
+    size, epochs = loop
+    batches = [passes for epoch in epochs for passes in epoch]
+    windows = [batches[start : start + cut] for start in range(0, len(batches) - cut + 1, cut)]
+    counted = Counted(size)
+    for window in windows:
+        for passes in window:
+            counted.backward(passes)
+        counted.step()
+        counted.zero_grad()
+    assert counted.steps == [[1 / size] * sum(window) for window in windows]
+
+
+@given(
+    st.lists(st.sampled_from(["backward", "step", "zero_grad", "enter", "leave", "read"]), max_size=30),
+    st.integers(1, 4),
+)
+def test_reading_decides_nothing(calls: list[str], size: int) -> None:
+    """Whatever a loop does: looking at the gradients in between leaves every later answer as it was."""
+    answers = []
+    for looking in (False, True):
+        window, given = Window(size), []
+        for number, call in enumerate(calls):
+            if call == "backward":
+                window.backward(number)
+            elif call == "step":
+                given.append(real := window.step())
+                if real:
+                    window.close()
+            elif call == "zero_grad" and window.clears:
+                window.close()
+            elif call == "enter":
+                window.enter_context(closing=number % 2 == 0)
+            elif call == "leave":
+                window.leave_context()
+            elif call == "read" and looking:
+                window.would_close()
+            given.append(window.micro_batches)
+        answers.append(given)
+    assert answers[0] == answers[1]
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.booleans())
+def test_weights_add_up_and_replace_the_correction(weights: list[int], short: bool) -> None:
+    window = Window(len(weights) + short)
+    for batch, weight in enumerate(weights):
+        window.enter_context(closing=batch == len(weights) - 1)
+        window.check_weight(True)
+        window.backward(batch, weight=weight)
+    assert window.step()
+    assert window.weight == sum(weights)
+    assert window.correction == 1.0
+    window.close()
+    assert window.weight is None
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_losses_with_and_without_weight_do_not_mix(weighted: bool) -> None:
+    window = Window(2)
+    window.backward(0, weight=3.0 if weighted else None)
+    with pytest.raises(UsageError, match="mixed in one accumulation window"):
+        window.check_weight(not weighted)
+    window.close()
+    window.check_weight(not weighted)  # the next window is free to choose

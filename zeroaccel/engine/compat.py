@@ -14,6 +14,7 @@ from packaging.version import Version
 from zeroaccel.errors import EnvironmentProblem
 
 OLDEST, BEFORE = Version("0.19.8"), Version("0.20")
+_SUPPORTED = f"install 'deepspeed>={OLDEST},<{BEFORE}'"
 
 # module -> class ("" for the module itself) -> names in use
 PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -26,6 +27,8 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "allreduce_gradients",
             "set_gradient_accumulation_boundary",
             "was_step_applied",
+            "dynamic_loss_scale",
+            "initial_dynamic_scale",
         ),
     },
     "deepspeed.runtime.base_optimizer": {
@@ -46,10 +49,18 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "": ("combine_grad_norm_groups",),
         "DeepSpeedZeroOptimizer_Stage3": (
             "initialize_optimizer_states",
+            "_get_fp32_grad_state_partition",
             "_get_norm_groups",
+            "_get_param_partition_rank",
             "_swappable_optimizer_subgroup",
+            "_writeback_swap_state",
             "finalize_gradient_accumulation_boundary",
+            "get_fp32_grad_for_param",
+            "get_local_fp32_grad_for_param",
             "get_param_id",
+            "set_fp32_grad_for_param",
+            "set_local_grad_for_param",
+            "update_fp32_grad_for_param_vectorized",
         ),
     },
     "deepspeed.runtime.bf16_optimizer": {"BF16_Optimizer": ("get_grads_for_norm",)},
@@ -62,6 +73,43 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.utils": {"": ("get_global_norm_of_tensors",)},
 }
 
+# The same for attributes that only instances have; of an optimizer, class -> (always, where it is offloaded)
+ENGINE_ATTRIBUTES = ("_config", "_running_engine_backward", "_running_engine_step")
+OPTIMIZER_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "DeepSpeedZeroOptimizer": (
+        (
+            "all_grad_tensors",
+            "averaged_gradients",
+            "bit16_groups",
+            "clip_grad",
+            "cpu_offload",
+            "micro_step_id",
+            "params_in_partition",
+            "partition_gradients",
+            "single_partition_of_fp32_groups",
+            "use_grad_accum_attribute",
+        ),
+        ("_offload_accumulated_param_ids", "accumulated_grads_in_cpu", "grad_position", "norm_for_param_grads"),
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        (
+            "clip_grad",
+            "fp16_groups",
+            "fp32_partitioned_groups_flat",
+            "grad_partitions_flat_buffer",
+            "grad_position",
+            "inf_or_nan_tracker",
+            "micro_step_id",
+            "offload_optimizer",
+        ),
+        ("_offload_boundary_param_ids", "norm_for_param_grads"),
+    ),
+    "BF16_Optimizer": (("bf16_groups", "clip_grad", "fp32_groups_gradients_flat", "mpu", "norm_type"), ()),
+    "FP16_Optimizer": (("clip_grad",), ()),
+    "FP16_UnfusedOptimizer": (("clip_grad", "fp16_groups", "fp32_groups", "loss_scale_config"), ()),
+}
+SWAPPER_ATTRIBUTES = ("numel_alignment",)
+
 
 def check_deepspeed() -> None:
     """Checks the installed DeepSpeed.
@@ -70,9 +118,8 @@ def check_deepspeed() -> None:
         EnvironmentProblem: outside the supported range, or one of the names that we use is gone.
     """
     version = Version(Version(deepspeed.__version__).base_version)
-    supported = f"install 'deepspeed>={OLDEST},<{BEFORE}'"
     if not OLDEST <= version < BEFORE:
-        raise EnvironmentProblem(f"DeepSpeed {deepspeed.__version__} is not supported: {supported}")
+        raise EnvironmentProblem(f"DeepSpeed {deepspeed.__version__} is not supported: {_SUPPORTED}")
     missing = [
         ".".join(filter(None, (module, owner, name)))
         for module, owners in PRIVATE_NAMES.items()
@@ -80,9 +127,33 @@ def check_deepspeed() -> None:
         for name in names
         if not hasattr(_owner(module, owner), name)
     ]
+    _refuse(missing)
+
+
+def check_engine(engine: Any) -> None:
+    """Checks an engine that has an optimizer.
+
+    Raises:
+        EnvironmentProblem: an attribute that we use is gone.
+    """
+    optimizer, kind = engine.optimizer, type(engine.optimizer).__name__
+    always, offloaded = OPTIMIZER_ATTRIBUTES.get(kind, ((), ()))
+    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+        always += offloaded
+    swapper = getattr(optimizer, "optimizer_swapper", None)
+    owners = [("DeepSpeedEngine", engine, ENGINE_ATTRIBUTES), (kind, optimizer, always)]
+    if swapper is not None:
+        owners.append((type(swapper).__name__, swapper, SWAPPER_ATTRIBUTES))
+    _refuse(
+        [f"{name}.{attribute}" for name, owner, names in owners for attribute in names if not hasattr(owner, attribute)]
+    )
+
+
+def _refuse(missing: list[str]) -> None:
     if missing:
         raise EnvironmentProblem(
-            f"DeepSpeed {deepspeed.__version__} lacks what this library drives it by: {', '.join(missing)}; {supported}"
+            f"DeepSpeed {deepspeed.__version__} lacks what this library drives it by: {', '.join(missing)};"
+            f" {_SUPPORTED}"
         )
 
 
