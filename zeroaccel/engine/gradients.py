@@ -107,6 +107,15 @@ class _ZeroGradients(Gradients):
         self.optimizer.clear_backward_seen_flag()
         self.optimizer._backward_active_depth = 0
 
+    def clear(self) -> None:
+        super().clear()  # first: stage 3 cannot drop a gradient that a failed backward pass left on the CPU
+        self.optimizer.zero_grad(set_to_none=True)
+        for bucket in self.optimizer.ipg_buckets.values():  # what such a pass left unreduced
+            getattr(bucket, "clear_params", bucket.clear)()  # stage 3 keeps its buffer
+        reduced = self.optimizer.params_already_reduced
+        for key in reduced if isinstance(reduced, dict) else range(len(reduced)):
+            reduced[key] = False
+
     def _invalid_as_infinite(self, norm: torch.Tensor) -> torch.Tensor:
         # DeepSpeed writes -1 for a norm that is not finite.
         return torch.full_like(norm, float("inf")) if float(norm) < 0 else norm
@@ -178,8 +187,8 @@ class Stage12Gradients(_ZeroGradients):
         self.optimizer.scaled_global_norm = lambda norm_type=2: scaled
 
     def clear(self) -> None:
+        super().clear()
         optimizer = self.optimizer
-        optimizer.zero_grad(set_to_none=True)
         for groups in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             for group in groups:
                 groups[group] = None
@@ -225,6 +234,7 @@ class Bf16Gradients(_ZeroGradients):
         return self._invalid_as_infinite(norm)
 
     def clear(self) -> None:
+        Gradients.clear(self)
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -298,7 +308,7 @@ class Stage3Gradients(_ZeroGradients):
         self.optimizer._get_norm_groups = lambda: groups
 
     def clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        super().clear()
         self.optimizer._offload_boundary_param_ids = set()
         self.optimizer.inf_or_nan_tracker.zero_()
         if self.optimizer.offload_optimizer:

@@ -52,6 +52,7 @@ class Stepper:
         self._begin_window()
         self._native = False
         self._reached = False
+        self._weighted = False
         self._hook_engine()
         self._gradients.after_step()
         give_access(engine.optimizer, self)
@@ -61,6 +62,7 @@ class Stepper:
         self._reduced = False  # the gradients are averaged over the ranks
         self._factor = 1.0  # what they were multiplied with then
         self._final = False  # they were clipped, read or changed: no backward pass may follow
+        self._broken = False  # a backward pass into them failed
         self._edited = False  # DeepSpeed's stored norms are old
         self._clipping: float | None = None  # what the script clips this window to, if the step is to do it
         self.window.close()
@@ -89,6 +91,8 @@ class Stepper:
             self._reached = True
             if not engine._running_engine_backward:
                 self._enter_torch_backward()
+            elif not self._native:
+                self._admit()
             own_prologue()
 
         engine.backward, engine.step = native_backward, native_step
@@ -110,24 +114,40 @@ class Stepper:
         if self._gradients.loss_scale != 1.0:
             raise UsageError("fp16 needs its loss scaled: call accelerator.backward(loss) instead of loss.backward()")
         self._begin_backward()
+        self._admit()
         # DeepSpeed divides the gradient of such a pass by the steps that it was configured with.
         self._count_backward(scaled=self.engine.gradient_accumulation_steps() == self.window.size)
 
     # --- backward -----------------------------------------------------------------------------------------------
 
-    def _begin_backward(self) -> None:
+    def _begin_backward(self, weighted: bool = False) -> None:
+        """A backward pass comes; whether it reaches this engine is not known yet."""
         if self._native:
             raise UsageError(
                 "this model is stepped natively (model.backward, model.step): accelerator.backward and"
                 " optimizer.step cannot join in"
             )
+        self._reached = False
+        self._weighted = weighted
+        if not self._final:
+            self._gradients.arm()
+
+    def _admit(self) -> None:
+        """The pass reaches this engine."""
+        self._refuse_broken()
         if self._final:
             raise UsageError(AFTER_CLIPPING)
-        if self._reduced:
+        self.window.check_weight(self._weighted)
+        if self._reduced:  # at stage 0
             self._multiply(1.0 / self._factor)
             self._reduced = False
-        self._reached = False
-        self._gradients.arm()
+
+    def _refuse_broken(self) -> None:
+        if self._broken:
+            raise UsageError(
+                "the last backward pass failed half way, so the gradients are those of a part of the model: call"
+                " optimizer.zero_grad() before you go on"
+            )
 
     def _count_backward(self, scaled: bool, weight: float | None = None) -> None:
         state = self._state
@@ -241,6 +261,7 @@ class Stepper:
         """The update, if this call closes the window; else nothing."""
         if self._native:
             raise UsageError("optimizer.step() on a model that is stepped natively: call model.step() alone")
+        self._refuse_broken()
         real = self.window.step(self._state.script_cuts, self._state.sync_gradients)
         if not self.window.inside_context and not self._state.script_cuts:
             self._state._mirror_sync_gradients(real or self.window.micro_batches == 0)
@@ -256,7 +277,8 @@ class Stepper:
 
     def zero_grad(self) -> None:
         """Throws the accumulated gradients away, unless an accumulation window is open."""
-        if self._native or not self.window.clears or self.window.micro_batches == 0:
+        in_use = self._broken or (self.window.clears and self.window.micro_batches > 0)
+        if self._native or not in_use:
             return
         self._gradients.clear()
         self._end_window()
@@ -294,8 +316,9 @@ def backward(
             window and of all ranks, and nothing is divided by the gradient accumulation steps.
     """
     for stepper in steppers:
-        stepper.window.check_weight(weight is not None)
-        stepper._begin_backward()
+        stepper._begin_backward(weighted=weight is not None)
+    if len(steppers) == 1:
+        steppers[0]._admit()
     relative = None if weight is None else steppers[0]._weights.relative(weight)
     if relative is not None:
         loss = loss * relative
@@ -305,7 +328,12 @@ def backward(
         if retain_graph:
             for stepper in steppers:
                 stack.enter_context(stepper._gradients.keeping_graph())
-        reached = _backward_through(steppers, loss, retain_graph)
+        try:
+            reached = _backward_through(steppers, loss, retain_graph)
+        except BaseException:
+            for stepper in steppers:
+                stepper._broken |= stepper._reached
+            raise
     for stepper in reached:
         stepper._count_backward(scale_wrt_gas, relative)
 
