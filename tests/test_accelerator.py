@@ -308,6 +308,13 @@ def shows_what_runs() -> None:
     assert Accelerator().deepspeed_plugin is plugin
     with pytest.raises(UnsupportedError, match="a second Accelerator shares the plugins of the first"):
         Accelerator(deepspeed_plugin=DeepSpeedPlugin())
+    accelerator.gradient_accumulation_steps = 5
+    assert (model.gradient_accumulation_steps(), model.train_batch_size()) == (5, 2 * 5 * 2)
+    assert accelerator.deepspeed_config["gradient_accumulation_steps"] == plugin.gradient_accumulation_steps == 5
+    assert accelerator.deepspeed_config["train_batch_size"] == 2 * 5 * 2
+    resolved = accelerator.explain()
+    assert resolved is not None
+    assert {entry.key: entry.source for entry in resolved.entries}["train_batch_size"] == "the script"
 
 
 def chooses_among_named_plugins() -> None:

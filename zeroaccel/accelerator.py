@@ -201,8 +201,8 @@ class Accelerator:
         self._make_state(mixed_precision, cpu, plugins, dynamo_backend, dynamo_plugin)
         accumulation, typed = _accumulation_plugin(gradient_accumulation_steps, gradient_accumulation_plugin)
         self.gradient_state = GradientState(gradient_accumulation_plugin=accumulation)
-        self.gradient_accumulation_steps = _held_accumulation(
-            self.gradient_accumulation_steps, typed, self.deepspeed_plugin
+        self.gradient_state.plugin_kwargs["num_steps"] = _held_accumulation(
+            self.gradient_state.num_steps, typed, self.deepspeed_plugin
         )
         self.device_placement = device_placement
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
@@ -551,6 +551,7 @@ class Accelerator:
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, steps: int) -> None:
         self.gradient_state.plugin_kwargs["num_steps"] = _checked_steps(steps)
+        self._backend.follow_accumulation()
 
     @property
     def sync_gradients(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -102,6 +102,16 @@ class ResolvedConfig:
     config: dict[str, Any]
     entries: tuple[Entry, ...]
     warnings: tuple[str, ...] = ()
+
+    def assigned(self, values: dict[str, Any], reason: str) -> ResolvedConfig:
+        """The same with values (of top-level keys) that the script assigned afterwards."""
+        entries = tuple(
+            replace(entry, value=values[entry.key], source="the script", reason=reason)
+            if entry.key in values and entry.value != values[entry.key]
+            else entry
+            for entry in self.entries
+        )
+        return replace(self, config={**self.config, **values}, entries=entries)
 
     def table(self) -> str:
         """The entries as text, one a line."""

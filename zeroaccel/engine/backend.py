@@ -57,6 +57,10 @@ class Backend(Protocol):
         """One micro-batch of `accumulate()`."""
         ...
 
+    def follow_accumulation(self) -> None:
+        """The script assigned its gradient accumulation steps after `prepare()`."""
+        ...
+
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float) -> torch.Tensor:
         """Clips the coming step by norm and returns the norm before."""
         ...

@@ -281,6 +281,19 @@ class DeepSpeedBackend:
         """One micro-batch of `accumulate()`."""
         return micro_batch([stepper.window for stepper in self._steppers], closing)
 
+    def follow_accumulation(self) -> None:
+        """Engines and the shown config go on with the number that the script assigned."""
+        steps, plugin = self._gradient_state.num_steps, self._state.deepspeed_plugin
+        for stepper in self._steppers:
+            engine = stepper.engine
+            engine.set_train_batch_size(engine.train_micro_batch_size_per_gpu() * self._state.num_processes * steps)
+        if self._resolved is None or self._micro_batch_size is None or plugin is None:
+            return
+        total = self._micro_batch_size * steps * self._state.num_processes
+        values = {"gradient_accumulation_steps": steps, "train_batch_size": total}
+        self._resolved = self._resolved.assigned(values, "accelerator.gradient_accumulation_steps was assigned")
+        plugin.adopt(self._resolved)
+
     def _owners(self, parameters: Any, what: str) -> list[Stepper]:
         """Engines that own the parameters, each with all that it trains.
 

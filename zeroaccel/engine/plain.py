@@ -123,6 +123,9 @@ class PlainBackend:
         """One micro-batch of `accumulate()`."""
         return micro_batch([stepper.window for stepper in self._steppers], closing)
 
+    def follow_accumulation(self) -> None:
+        """Nothing: the windows ask for it."""
+
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float) -> torch.Tensor:
         """PyTorch's, on gradients that are final; inside an open window nothing, and the last norm again."""
         listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

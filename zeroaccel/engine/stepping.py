@@ -322,8 +322,8 @@ def backward(
     relative = None if weight is None else steppers[0]._weights.relative(weight)
     if relative is not None:
         loss = loss * relative
-    elif scale_wrt_gas:
-        loss = loss / steppers[0]._state.num_steps
+    elif scale_wrt_gas and (steps := steppers[0]._state.num_steps) > 1:
+        loss = loss / steps
     with ExitStack() as stack:
         if retain_graph:
             for stepper in steppers:
