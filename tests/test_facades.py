@@ -59,7 +59,6 @@ ABSENT = {
     "later: checkpoints": """
         TORCH_SAFE_GLOBALS clean_state_dict_for_safetensors load load_checkpoint_in_model load_state_dict save""",
     "later: compilation": "compile_regions compile_regions_deepspeed has_repeated_blocks is_repeated_blocks",
-    "later: `zeroaccel config`": "write_basic_config",
     "later: several machines": "convert_dict_to_env_variables",
     "later: pinning ranks to cores": """
         CPUInformation get_cpu_distributed_information override_numa_affinity set_numa_affinity""",
@@ -124,6 +123,7 @@ BORROWED = {
 
 # Parameters that ours do not take in the same way, on purpose: reason -> "name(parameter)".
 DIFFERENT = {
+    "the place of the launch configuration is our own, looked up when called": ["write_basic_config(save_location)"],
     "a mark for `split_batches` left out, which Accelerate moved to DataLoaderConfiguration": [
         "Accelerator(split_batches)"
     ],

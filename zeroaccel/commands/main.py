@@ -12,7 +12,10 @@ from zeroaccel.errors import ZeroAccelError
 
 # name -> (module with `run(argv) -> exit status`, line of the help)
 COMMANDS = {
+    "config": ("zeroaccel.commands.config", "answer questions, write the configuration that launch reads"),
     "launch": ("zeroaccel.commands.launch", "start a training script on every device of this machine"),
+    "env": ("zeroaccel.commands.env", "what is installed here, and which of DeepSpeed's ops are ready"),
+    "estimate-memory": ("zeroaccel.commands.estimate", "what training a model needs of GPUs and hosts"),
 }
 
 

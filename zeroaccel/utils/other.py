@@ -7,6 +7,9 @@ from zeroaccel.lazy import reexport
 __getattr__, __all__ = reexport(
     __name__,
     {
+        "zeroaccel.commands.config": [
+            "write_basic_config",
+        ],
         "zeroaccel.config.generic": [
             "convert_bytes",
             "get_pretty_name",
