@@ -55,7 +55,6 @@ ABSENT = {
         load_offloaded_weights offload_state_dict offload_weight save_offload_index set_module_tensor_to_device""",
     "layerwise casting": "SUPPORTED_PYTORCH_LAYERS_FOR_UPCASTING",
     "pipeline-parallel inference": "prepare_pippy is_pippy_available require_pippy",
-    "later: estimate-memory": "calculate_maximum_sizes compute_module_sizes get_max_layer_size",
     "later: checkpoints": """
         TORCH_SAFE_GLOBALS clean_state_dict_for_safetensors load load_checkpoint_in_model load_state_dict save""",
     "later: compilation": "compile_regions compile_regions_deepspeed has_repeated_blocks is_repeated_blocks",

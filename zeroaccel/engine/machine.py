@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import platform
 import re
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from packaging.version import Version
 
 from zeroaccel.config.env_patch import parse_flag_from_env, patch_environment
 from zeroaccel.logging import library_logger
+from zeroaccel.state import best_device
 
 logger = library_logger(__name__)
 
@@ -154,3 +156,22 @@ def check_os_kernel() -> None:
     found = re.match(r"\d+\.\d+(\.\d+)?", system.release)
     if system.system == "Linux" and found is not None and Version(found[0]) < Version(_OLDEST_KERNEL):
         logger.warning("the kernel is %s, older than %s: processes may hang", found[0], _OLDEST_KERNEL)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator: name, bytes of memory, and CUDA's compute capability ("" on others)."""
+
+    name: str
+    memory: int
+    capability: str
+
+
+def gpus() -> list[Gpu]:
+    """The visible accelerators with memory of their own (CUDA, ROCm, XPU)."""
+    kind = best_device().type
+    if kind not in ("cuda", "xpu"):
+        return []
+    module = getattr(torch, kind)
+    found = [module.get_device_properties(index) for index in range(module.device_count())]
+    return [Gpu(each.name, each.total_memory, f"{each.major}.{each.minor}" if kind == "cuda" else "") for each in found]

@@ -10,6 +10,11 @@ __getattr__, __all__ = reexport(
         "zeroaccel.config.generic": [
             "convert_file_size_to_int",
         ],
+        "zeroaccel.engine.module_sizes": [
+            "calculate_maximum_sizes",
+            "compute_module_sizes",
+            "get_max_layer_size",
+        ],
         "zeroaccel.engine.modules": [
             "dtype_byte_size",
             "find_tied_parameters",
