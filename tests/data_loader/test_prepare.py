@@ -319,11 +319,11 @@ REFUSED: dict[str, tuple[Callable[[], DataLoader[Any]], dict[str, Any], type[Exc
         ConfigError,
         "needs device_placement=True",
     ),
-    "stateful": (
+    "a device mesh": (
         lambda: DataLoader(Numbers(9)),
-        {"use_stateful_dataloader": True},
+        {"torch_device_mesh": object()},
         UnsupportedError,
-        "not supported yet",
+        "tensor parallelism",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Two (or more) real gloo ranks that stay alive and run one function after the other.
+"""Two (or more) real ranks, with gloo on CPUs or NCCL on GPUs, that stay alive and run one function after the other.
 
 Starting a rank costs seconds of imports, a case only milliseconds: so a test hands `pool.run(function, **kwargs)`
 a module-level function, every rank calls it in step, and the test gets the ranks' results in order of rank.
@@ -6,6 +6,7 @@ a module-level function, every rank calls it in step, and the test gets the rank
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -18,7 +19,17 @@ from typing import Any
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or hung; the text holds its traceback."""
+    """A rank raised, died or hung; the text holds its traceback.
+
+    Attributes:
+        results: of the ranks that answered.
+        hung: whether a rank did not answer in time.
+    """
+
+    def __init__(self, text: str, results: list[Any], hung: bool) -> None:
+        super().__init__(text)
+        self.results = results
+        self.hung = hung
 
 
 def free_port() -> int:
@@ -36,14 +47,24 @@ def reset_states() -> None:
     GradientState._reset_state()
 
 
+def _import_all() -> None:
+    """What takes seconds, once."""
+    import cpuinfo
+    import deepspeed  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    # DeepSpeed's CPU Adam asks for a second what processor this is, each time that one is made.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+
+
 def _serve(connection: Connection, environment: dict[str, str], log: str) -> None:
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
-    import torch
-
-    torch.set_num_threads(1)
+    _import_all()
     while True:
         try:
             module, name, kwargs = connection.recv()
@@ -62,10 +83,16 @@ def _serve(connection: Connection, environment: dict[str, str], log: str) -> Non
 
 
 class RankPool:
-    """Ranks that wait for work. A failed case ends them; the next case starts new ones."""
+    """Ranks that wait for work. A failed case ends them; the next case starts new ones.
 
-    def __init__(self, world_size: int = 2) -> None:
+    Args:
+        world_size: number of ranks.
+        device: "cpu" (gloo), or "cuda": NCCL, each rank has the GPU of its number.
+    """
+
+    def __init__(self, world_size: int = 2, device: str = "cpu") -> None:
         self.world_size = world_size
+        self.device = device
         self._ranks: list[tuple[Any, Connection]] = []
         self._log = ""
 
@@ -82,9 +109,11 @@ class RankPool:
                 "LOCAL_WORLD_SIZE": str(self.world_size),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
-                "ZEROACCEL_USE_CPU": "true",
+                "DS_ACCELERATOR": self.device,
                 "OMP_NUM_THREADS": "1",
             }
+            if self.device == "cpu":
+                environment["ZEROACCEL_USE_CPU"] = "true"
             process = context.Process(target=_serve, args=(theirs, environment, self._log), daemon=True)
             process.start()
             theirs.close()
@@ -100,11 +129,12 @@ class RankPool:
             self._start()
         for _, connection in self._ranks:
             connection.send((function.__module__, function.__qualname__, kwargs))
-        results, failures = [], []
+        results, failures, hung = [], [], False
         for rank, (process, connection) in enumerate(self._ranks):
             try:
                 # Once a rank failed, the others may wait for it for ever.
                 if not connection.poll(2.0 if failures else timeout):
+                    hung = hung or not failures
                     failures.append(f"rank {rank} did not answer within {timeout} s")
                     continue
                 ok, value = connection.recv()
@@ -118,7 +148,7 @@ class RankPool:
         if failures:
             text = "\n".join(failures) + f"\noutput of the ranks:\n{self.output()[-4000:]}"
             self.close()
-            raise RankFailed(text)
+            raise RankFailed(text, results, hung)
         return results
 
     def output(self) -> str:
@@ -133,5 +163,5 @@ class RankPool:
         for process, connection in self._ranks:
             connection.close()
             process.kill()
-            process.join()
+            process.join(10)  # one that waits for a driver cannot be killed at once
         self._ranks.clear()

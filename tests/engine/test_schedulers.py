@@ -305,7 +305,10 @@ def test_deepspeeds_scheduler_steps_once_a_step(name: str, ranks: RankPool, sing
 
 
 @pytest.mark.parametrize("name", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
-def test_the_peak_is_at_the_sample_where_the_script_put_it(name: str, ranks: RankPool, single: RankPool) -> None:
+def test_the_curve_over_the_samples_is_that_of_one_rank_and_peaks_where_the_script_put_it(
+    name: str, ranks: RankPool, single: RankPool
+) -> None:
+    curves = []
     for pool in (single, ranks):
         for rates in pool.run(own_rates, name=name, way="config", offload="none"):
             flat = [rate[0] for rate in rates]
@@ -313,6 +316,14 @@ def test_the_peak_is_at_the_sample_where_the_script_put_it(name: str, ranks: Ran
             peak = flat.index(max(flat)) - 1
             assert max(flat) > 0.9 * RATE
             assert peak * pool.world_size == OWN[name].dummy["warmup_num_steps"]
+            curves.append(flat[1:])
+    alone, *together = curves
+    warmup = OWN[name].dummy["warmup_num_steps"]
+    for curve in together:
+        for step, rate in enumerate(curve[: len(alone) // 2]):
+            # As many samples, the same rate; DeepSpeed's cosine takes the end of a step for its place.
+            place = 2 * step + (name == "WarmupCosineLR" and 2 * step >= warmup)
+            assert rate == pytest.approx(alone[place]), step
 
 
 def torch_callable() -> None:

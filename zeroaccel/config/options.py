@@ -147,7 +147,7 @@ class DataLoaderConfiguration:
         use_seedable_sampler: shuffle by a seed of its own.
         data_seed: that seed.
         non_blocking: move batches without waiting.
-        use_stateful_dataloader: loaders keep their position for checkpoints.
+        use_stateful_dataloader: after `load_state` a loop goes on by itself where the interrupted one was.
     """
 
     split_batches: bool = False

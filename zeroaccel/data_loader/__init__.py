@@ -5,8 +5,8 @@ from zeroaccel.data_loader.loaders import (
     DataLoaderShard,
     DataLoaderStateMixin,
     SkipDataLoader,
-    get_sampler,
 )
+from zeroaccel.data_loader.parts import get_sampler
 from zeroaccel.data_loader.prepare import prepare_data_loader, skip_first_batches
 from zeroaccel.data_loader.sharding import (
     BatchSamplerShard,

@@ -5,38 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
+from zeroaccel.data_loader.columns import batch_size_of, cut, join
+from zeroaccel.data_loader.handing import Failure, FromRank0
+from zeroaccel.data_loader.joint import END, together
+from zeroaccel.data_loader.parts import get_sampler, outer_sampler, samplers_of
+from zeroaccel.data_loader.position import Positioned
 from zeroaccel.data_loader.sharding import IterableDatasetShard
-from zeroaccel.distributed.nested import (
-    concatenate,
-    find_batch_size,
-    get_data_structure,
-    initialize_tensors,
-    send_to_device,
-    slice_tensors,
-)
-from zeroaccel.distributed.operations import broadcast, broadcast_object_list
+from zeroaccel.distributed.nested import send_to_device
 from zeroaccel.distributed.random import synchronize_rng_states
-from zeroaccel.errors import ConfigError, DistributedError
+from zeroaccel.errors import ConfigError
 from zeroaccel.state import GradientState, PartialState
-
-END = object()
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Stands for the batch that rank 0 could not read."""
-
-    problem: Exception
-
-    def __str__(self) -> str:
-        return f"{type(self.problem).__name__}: {self.problem}"
 
 
 class DataLoaderStateMixin:
@@ -46,17 +30,22 @@ class DataLoaderStateMixin:
         end_of_dataloader: whether the current batch is the last.
         remainder: real samples in the last global batch, 0 (or its size) if it is full, -1 if nothing can be said.
         iteration: number of the epoch.
+        batch_sizes: samples that each rank has in the current batch; None where the ranks did not ask each other.
+        filler: whether this rank ran out of batches and has its last one again (joint.py).
     """
 
     end_of_dataloader = False
     remainder = -1
     iteration = 0
+    batch_sizes: list[int] | None = None
+    filler = False
     gradient_state: GradientState
     _drop_last = False
 
     def reset(self) -> None:
         """Back to the state before an epoch."""
         self.end_of_dataloader = False
+        self.batch_sizes, self.filler = None, False
         self.remainder = -1
 
     def begin(self) -> None:
@@ -81,22 +70,24 @@ class DataLoaderStateMixin:
         """Samples of all ranks in an epoch."""
         raise NotImplementedError
 
+
+class _Prepared(DataLoaderStateMixin, Positioned):
+    """A `DataLoader` that was made from another one."""
+
     def _publish(self, batches: Iterator[tuple[Any, bool]]) -> Iterator[Any]:
         """Yields batches that come with "is the last"."""
         self.begin()
+        own = vars(self)  # an assignment to a DataLoader's attribute costs a microsecond
+        state = self.gradient_state
         try:
-            for batch, last in batches:
-                self.end_of_dataloader = last
-                self.gradient_state._batch_drawn()
+            for batch, own["end_of_dataloader"] in batches:
+                own["_drawn"] += 1
+                state.batches_drawn += 1
                 yield batch
-            self.iteration += 1
+            self._epoch_drawn()
             self.gradient_state._epoch_ended()
         finally:
             self.end()
-
-
-class _Prepared(DataLoaderStateMixin, DataLoader[Any]):
-    """A `DataLoader` that was made from another one."""
 
     def set_epoch(self, epoch: int) -> None:
         """Tells samplers and dataset which epoch comes."""
@@ -132,29 +123,6 @@ class _Prepared(DataLoaderStateMixin, DataLoader[Any]):
         return int(dataset.total_length) if hasattr(dataset, "total_length") else len(dataset)
 
 
-def outer_sampler(loader: Any) -> Any:
-    """What a map-style loader draws from: its batch sampler, or with `batch_size=None` its sampler."""
-    if isinstance(loader.sampler, BatchSampler) or loader.batch_sampler is None:
-        return loader.sampler
-    return loader.batch_sampler
-
-
-def samplers_of(loader: Any) -> list[Any]:
-    """Batch sampler and samplers of a loader, from the outside in."""
-    found, holder = [], outer_sampler(loader)
-    while holder is not None:
-        found.append(holder)
-        inside = getattr(holder, "__dict__", {})  # a list of indices has none
-        holder = inside.get("batch_sampler", inside.get("sampler"))
-    return found
-
-
-def get_sampler(dataloader: Any) -> Any:
-    """The sampler of single indices of any loader, None where it has none."""
-    innermost = samplers_of(dataloader)[-1]
-    return None if innermost is dataloader.batch_sampler else innermost
-
-
 class DataLoaderShard(_Prepared):
     """The batches of one rank.
 
@@ -163,6 +131,7 @@ class DataLoaderShard(_Prepared):
         device: where batches go; None leaves them.
         rng_types, synchronized_generator: generators to synchronize before each epoch.
         skip_batches: batches to leave out at the beginning, for iterable datasets.
+        use_stateful_dataloader: the epoch goes on by itself where a loaded state says.
         kwargs: of `DataLoader`.
     """
 
@@ -173,12 +142,14 @@ class DataLoaderShard(_Prepared):
         rng_types: list[Any] | None = None,
         synchronized_generator: torch.Generator | None = None,
         skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
         _drop_last: bool = False,
         _non_blocking: bool = False,
         iteration: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, **kwargs)
+        self.continues = use_stateful_dataloader
         self.device = device
         self.rng_types = rng_types
         self.synchronized_generator = synchronized_generator
@@ -189,25 +160,57 @@ class DataLoaderShard(_Prepared):
         self.iteration = iteration
 
     def __iter__(self) -> Any:
+        taken = self._take_up()
         if self.rng_types:
             synchronize_rng_states(self.rng_types, self.synchronized_generator)
         self.set_epoch(self.iteration)
-        yield from self._publish(self._batches(super().__iter__()))
+        self._begin_at(taken)
+        yield from self._publish(self._batches(self._open(taken)))
 
     def _batches(self, source: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        current = next(islice(source, self.skip_batches, None), END)
+        source = islice(source, self.skip_batches, None) if self.skip_batches else source
+        return self._in_rounds(source) if self._may_be_uneven() else self._one_by_one(source)
+
+    def _one_by_one(self, source: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        current = next(source, END)
         while current is not END:
             # Moved before the next one is fetched, so that copy and fetch overlap.
-            if self.device is not None:
-                current = send_to_device(current, self.device, non_blocking=self._non_blocking)
+            current = self._moved(current)
             following = next(source, END)
             if following is END:
                 self._measure_remainder()
             yield current, following is END
             current = following
 
+    def _in_rounds(self, source: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        for each in together(lambda: self._moved(next(source, END)), self._moved, self.gradient_state):
+            self.batch_sizes, self.filler = each.sizes, each.filler
+            if each.last:
+                self._measure_remainder()
+            yield each.batch, each.last
+
+    def _moved(self, batch: Any) -> Any:
+        if self.device is None or batch is END:
+            return batch
+        return send_to_device(batch, self.device, non_blocking=self._non_blocking)
+
+    def _may_be_uneven(self) -> bool:
+        """Whether ranks may have different numbers of batches while models need all ranks."""
+        if self._world_size == 1 or self._world_size != PartialState().num_processes:
+            return False
+        if not self.gradient_state._has_joint_engines:
+            return False
+        filled = getattr(self._shard, "even_batches", True) or getattr(self._shard, "drop_last", False)
+        return isinstance(self.dataset, IterableDataset) or not filled
+
     def __len__(self) -> int:
         return max(0, super().__len__() - self.skip_batches)
+
+    @property
+    def _read_in_turn(self) -> int:
+        shard = self._shard
+        whole = isinstance(self.dataset, IterableDataset) or getattr(shard, "split_batches", False)
+        return 1 if whole else int(getattr(shard, "num_processes", 1))
 
     @property
     def _shard(self) -> Any:
@@ -218,6 +221,9 @@ class DataLoaderShard(_Prepared):
 
     def _measure_remainder(self) -> None:
         """The shard counted; the length of the dataset is a guess where a sampler draws fewer samples, or more."""
+        if self._shard is None and self._world_size > 1:
+            self.remainder = 0  # each rank reads files of its own, nothing is repeated
+            return
         counted = getattr(self._shard, "remainder", -1)
         workers_fill = isinstance(self.dataset, IterableDatasetShard) and self.num_workers > 1  # each one its part
         if counted >= 0 or workers_fill:
@@ -238,6 +244,7 @@ class DataLoaderDispatcher(_Prepared):
         dataset: read on rank 0 only.
         split_batches: one batch of the loader is cut for the ranks; else as many batches as ranks are joined first.
         skip_batches: global batches to leave out at the beginning.
+        use_stateful_dataloader: the epoch goes on by itself where a loaded state says.
         slice_fn: cuts a batch: `slice_fn(batch, slice, process_index=..., num_processes=...)`.
         kwargs: of `DataLoader`.
     """
@@ -247,6 +254,7 @@ class DataLoaderDispatcher(_Prepared):
         dataset: Any,
         split_batches: bool = False,
         skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
         _drop_last: bool = False,
         _non_blocking: bool = False,
         slice_fn: Callable[..., Any] | None = None,
@@ -254,23 +262,35 @@ class DataLoaderDispatcher(_Prepared):
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, **kwargs)
+        self.continues = use_stateful_dataloader
         self.split_batches = split_batches
         self.skip_batches = skip_batches
-        self.slice_fn = slice_fn or slice_tensors
+        self.slice_fn = slice_fn or cut
         self.gradient_state = GradientState()
         self.state = PartialState()
+        self._world_size = self.state.num_processes
         self._drop_last = _drop_last
         self._non_blocking = _non_blocking
         self.iteration = iteration
 
     def __iter__(self) -> Any:
+        taken = self._take_up()
         self.set_epoch(self.iteration)
-        source = self._global_batches(super().__iter__()) if self.state.process_index == 0 else iter(())
+        self._begin_at(taken)
+        source = self._global_batches(self._open(taken)) if self.state.process_index == 0 else iter(())
         yield from self._publish(self._shares(source))
+
+    @property
+    def _read_in_turn(self) -> int:
+        return 1 if self.split_batches else self.state.num_processes
+
+    @property
+    def _may_draw_from_torch(self) -> bool:
+        return True  # of rank 0, which reads alone
 
     def _global_batches(self, source: Iterator[Any]) -> Iterator[Any]:
         """On rank 0: what all ranks get together, or in the end the exception that stops them."""
-        count = 1 if self.split_batches else self.state.num_processes
+        count = self._read_in_turn
         try:
             for _ in islice(source, self.skip_batches * count):
                 pass
@@ -279,13 +299,13 @@ class DataLoaderDispatcher(_Prepared):
                     return
                 yield self._joined(parts)
         except Exception as problem:  # the others must hear of it, they wait for a batch
-            yield _Failure(problem)
+            yield Failure(problem)
 
     def _joined(self, parts: list[Any]) -> Any:
         if len(parts) == 1:
             return parts[0]
         try:
-            return concatenate(parts)
+            return join(parts)
         except RuntimeError as error:
             raise ConfigError(
                 "dispatch_batches joins the batches of all ranks, and these have different shapes: pad them"
@@ -294,38 +314,18 @@ class DataLoaderDispatcher(_Prepared):
 
     def _shares(self, source: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         first = None
+        from_rank_0 = FromRank0(self._non_blocking)
         current = next(source, END)
         last = False
         while not last:
-            following = END if isinstance(current, _Failure) else next(source, END)
-            batch, last = self._hand_out(current, following)
+            following = END if isinstance(current, Failure) else next(source, END)
+            batch, last = from_rank_0.hand_out(current, following is END)
             if batch is END:
                 return
             if first is None:
                 first = self._cut(batch, slice(0, self.state.num_processes))
             yield self._own(batch, first, last), last
             current = following
-
-    def _hand_out(self, current: Any, following: Any) -> tuple[Any, bool]:
-        """Rank 0's batch on every rank, and whether it is the last; `END` if there is none."""
-        reads = self.state.process_index == 0
-        failure = current if isinstance(current, _Failure) else None
-        told = [
-            current is END,
-            None if current is END or failure else get_data_structure(current),
-            following is END,
-            str(failure) if failure else None,
-        ]
-        ended, structure, last, problem = broadcast_object_list(told)
-        if failure:
-            raise failure.problem
-        if problem:
-            raise DistributedError(f"rank 0, which reads for all ranks, could not read a batch: {problem}")
-        if ended:
-            return END, True
-        batch = current if reads else initialize_tensors(structure)
-        batch = send_to_device(batch, self.state.device, non_blocking=self._non_blocking)
-        return broadcast(batch, from_process=0), last
 
     def _cut(self, batch: Any, part: slice) -> Any:
         return self.slice_fn(
@@ -335,11 +335,11 @@ class DataLoaderDispatcher(_Prepared):
     def _own(self, batch: Any, first: Any, last: bool) -> Any:
         """This rank's part; what is missing for equal parts is repeated from the epoch's first batch."""
         processes, rank = self.state.num_processes, self.state.process_index
-        observed = find_batch_size(batch)
+        observed = batch_size_of(batch)
         share, rest = divmod(observed, processes)
         if rest and not self._drop_last:
-            copies = math.ceil((processes - rest) / find_batch_size(first))
-            batch, share = concatenate([batch] + [first] * copies), share + 1
+            copies = math.ceil((processes - rest) / batch_size_of(first))
+            batch, share = join([batch] + [first] * copies), share + 1
         if last:
             self.remainder = observed
         return self._cut(batch, slice(rank * share, (rank + 1) * share))
@@ -361,14 +361,28 @@ class DataLoaderDispatcher(_Prepared):
 class SkipDataLoader(_Prepared):
     """A loader without its first batches, for datasets that must be read to be skipped."""
 
-    def __init__(self, dataset: Any, skip_batches: int = 0, iteration: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
+        iteration: int = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(dataset, **kwargs)
+        self.continues = use_stateful_dataloader
         self.skip_batches = skip_batches
         self.gradient_state = GradientState()
         self.iteration = iteration
 
     def __iter__(self) -> Any:
-        yield from self._publish(self._looked_ahead(islice(super().__iter__(), self.skip_batches, None)))
+        taken = self._take_up()
+        self._begin_at(taken)
+        yield from self._publish(self._looked_ahead(islice(self._open(taken), self.skip_batches, None)))
+
+    @property
+    def _read_in_turn(self) -> int:
+        return 1
 
     @staticmethod
     def _looked_ahead(source: Iterator[Any]) -> Iterator[tuple[Any, bool]]:

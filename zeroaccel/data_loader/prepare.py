@@ -13,10 +13,9 @@ from zeroaccel.data_loader.loaders import (
     DataLoaderDispatcher,
     DataLoaderShard,
     SkipDataLoader,
-    get_sampler,
-    outer_sampler,
-    samplers_of,
 )
+from zeroaccel.data_loader.parts import get_sampler, kept_options, outer_sampler, samplers_of, source_options
+from zeroaccel.data_loader.position import Positioned
 from zeroaccel.data_loader.sharding import (
     BatchSamplerShard,
     IterableDatasetShard,
@@ -27,25 +26,6 @@ from zeroaccel.data_loader.sharding import (
 from zeroaccel.distributed.random import agreed
 from zeroaccel.errors import ConfigError, UnsupportedError
 from zeroaccel.state import PartialState
-
-# What a prepared loader takes over as it is; how indices come together is decided here.
-_KEPT = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-    "in_order",
-)
-
-
-def _kept(dataloader: DataLoader[Any]) -> dict[str, Any]:
-    return {name: getattr(dataloader, name) for name in _KEPT if hasattr(dataloader, name)}
 
 
 def prepare_data_loader(
@@ -79,13 +59,16 @@ def prepare_data_loader(
         slice_fn_for_dispatch: how rank 0's batch is cut.
         use_seedable_sampler, data_seed: shuffle by a seed of its own.
         non_blocking: move without waiting.
+        use_stateful_dataloader: after `load_state_dict` the next loop goes on at that position by itself.
 
     Raises:
         ConfigError: a batch size that cannot be split, or dispatching without moving.
-        UnsupportedError: stateful loaders or a device mesh.
+        UnsupportedError: a device mesh.
     """
-    if use_stateful_dataloader or torch_device_mesh is not None:
-        raise UnsupportedError("use_stateful_dataloader and torch_device_mesh are not supported yet: leave them out")
+    if torch_device_mesh is not None:
+        raise UnsupportedError(
+            "torch_device_mesh is for tensor parallelism, which this library does not do: leave it out"
+        )
     iterable = isinstance(dataloader.dataset, IterableDataset)
     dispatch = put_on_device and iterable if dispatch_batches is None else dispatch_batches
     if dispatch and not put_on_device:
@@ -98,6 +81,8 @@ def prepare_data_loader(
     if split_batches:
         _check_splits(dataloader, ranks[0])
     sampler = _seedable(dataloader, data_seed, ranks[0]) if use_seedable_sampler else None
+    if use_stateful_dataloader and sampler is None:
+        _shared_generator(samplers_of(dataloader)[-1])  # so that any number of ranks can take up the order
     if dispatch:
         made: Any = _dispatcher(dataloader, split_batches, non_blocking, slice_fn_for_dispatch)
     else:
@@ -105,6 +90,8 @@ def prepare_data_loader(
         made.device = device if put_on_device else None
         made._non_blocking = non_blocking
         made.rng_types = _usable_rng_types(rng_types, made.synchronized_generator)
+        made._world_size = ranks[0]
+    made.continues = use_stateful_dataloader
     if sampler is not None:
         made.set_sampler(sampler)
     return made  # type: ignore[no-any-return]
@@ -145,19 +132,10 @@ def _usable_rng_types(rng_types: list[Any] | None, generator: torch.Generator | 
     return [kind for kind in rng_types if generator is not None or kind != RNGType.GENERATOR]
 
 
-def _source(dataloader: DataLoader[Any], sampler: Any) -> dict[str, Any]:
-    """How a new loader gets its batches: as `dataloader` does, a map-style one with `sampler` as its outermost."""
-    if isinstance(dataloader.dataset, IterableDataset):
-        return {"batch_size": dataloader.batch_size, "drop_last": dataloader.drop_last}
-    if outer_sampler(dataloader) is dataloader.batch_sampler:
-        return {"batch_sampler": sampler}
-    return {"sampler": sampler, "batch_size": dataloader.batch_size}
-
-
 def _dispatcher(
     dataloader: DataLoader[Any], split_batches: bool, non_blocking: bool, slice_fn: Callable[..., Any] | None
 ) -> DataLoaderDispatcher:
-    options = {**_kept(dataloader), **_source(dataloader, outer_sampler(dataloader))}
+    options = {**kept_options(dataloader), **source_options(dataloader, outer_sampler(dataloader))}
     options.pop("generator", None)
     return DataLoaderDispatcher(
         dataloader.dataset,
@@ -176,7 +154,7 @@ def _shard(
     dataset: Any = dataloader.dataset
     sampler: Any = outer_sampler(dataloader)
     generator: torch.Generator | None = None
-    options = _source(dataloader, sampler)
+    options = source_options(dataloader, sampler)
     if num_processes > 1 and isinstance(dataset, IterableDataset):
         generator = getattr(dataset, "generator", None)
         dataset = _iterable_shard(dataloader, ranks, split_batches)
@@ -186,13 +164,13 @@ def _shard(
         if not seeded:
             generator = _shared_generator(samplers_of(dataloader)[-1])
         shard = BatchSamplerShard(sampler, num_processes, process_index, split_batches, even_batches)
-        options = _source(dataloader, shard)
+        options = source_options(dataloader, shard)
     return DataLoaderShard(
         dataset,
         synchronized_generator=generator,
         _drop_last=dataloader.drop_last,
         **options,
-        **_kept(dataloader),
+        **kept_options(dataloader),
     )
 
 
@@ -233,21 +211,21 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
         made: Any = _skipping_dispatcher(dataloader, num_batches, iterable)
     else:
         sampler = None if iterable else SkipBatchSampler(outer_sampler(dataloader), num_batches)
-        options = {**_kept(dataloader), **_source(dataloader, sampler)}
+        options = {**kept_options(dataloader), **source_options(dataloader, sampler)}
         if isinstance(dataloader, DataLoaderShard):
             made = _skipping_shard(dataloader, num_batches if iterable else 0, options)
         elif iterable:
             made = SkipDataLoader(dataloader.dataset, skip_batches=num_batches, **options)
         else:
             made = DataLoader(dataloader.dataset, **options)
-    return _mark_like(dataloader, made)
+    return _mark_like(dataloader, made, num_batches)
 
 
 def _skipping_dispatcher(dataloader: DataLoaderDispatcher, num_batches: int, iterable: bool) -> DataLoaderDispatcher:
     # Rank 0 reads several batches of the sampler for each one that a rank sees.
     read = num_batches * (1 if dataloader.split_batches else dataloader.state.num_processes)
     sampler = None if iterable else SkipBatchSampler(outer_sampler(dataloader), read)
-    options = {**_kept(dataloader), **_source(dataloader, sampler)}
+    options = {**kept_options(dataloader), **source_options(dataloader, sampler)}
     options.pop("generator", None)
     return DataLoaderDispatcher(
         dataloader.dataset,
@@ -275,7 +253,10 @@ def _skipping_shard(dataloader: DataLoaderShard, num_batches: int, options: dict
     )
 
 
-def _mark_like(original: Any, made: Any) -> Any:
+def _mark_like(original: Any, made: Any, left_out: int) -> Any:
     if getattr(original, "_is_accelerate_prepared", False):
         made._is_accelerate_prepared = True
+    if isinstance(original, Positioned) and isinstance(made, Positioned):
+        made._world_size, made._left_out = original._world_size, original._left_out + left_out
+        made._origin, made._loaded = original._origin or original, original._loaded
     return made

@@ -51,6 +51,7 @@ class BatchSamplerShard(BatchSampler):
     Attributes:
         remainder: real indices in the last global batch of the newest epoch, known once its last batch was drawn; 0
             if it was full, -1 if its elements have no length.
+        begin_at: batches of `batch_sampler` that the next epoch, and no other, leaves out at its beginning.
 
     Raises:
         ConfigError: `split_batches` with a batch size that the ranks do not divide.
@@ -72,6 +73,7 @@ class BatchSamplerShard(BatchSampler):
         self.batch_size = getattr(batch_sampler, "batch_size", None)  # type: ignore[assignment]
         self.drop_last = getattr(batch_sampler, "drop_last", False)
         self.remainder = 0
+        self.begin_at = 0
         if split_batches:
             check_divides(self.batch_size, num_processes)
 
@@ -94,11 +96,14 @@ class BatchSamplerShard(BatchSampler):
         return self._split() if self.split_batches else self._take_turns()
 
     def _split(self) -> Iterator[list[Any]]:
+        begin_at, self.begin_at = self.begin_at, 0
         size = self.batch_size // self.num_processes
         mine = slice(size * self.process_index, size * (self.process_index + 1))
         first: list[Any] | None = None
-        for batch in self.batch_sampler:
+        for number, batch in enumerate(self.batch_sampler):
             first = list(batch) if first is None else first
+            if number < begin_at:
+                continue
             if len(batch) == self.batch_size:
                 yield batch[mine]
             elif not self.drop_last:
@@ -108,14 +113,17 @@ class BatchSamplerShard(BatchSampler):
                     yield full[mine]
 
     def _take_turns(self) -> Iterator[list[Any]]:
+        begin_at, self.begin_at = self.begin_at, 0
         beginning: list[Any] = []
         turn: list[Any] = []
-        for batch in self.batch_sampler:
+        for number, batch in enumerate(self.batch_sampler):
             if len(turn) == self.num_processes:  # so the short batch in it was not the epoch's last
                 yield turn[self.process_index]
                 turn = []
             if len(beginning) < self.num_processes:
                 beginning.append(batch)
+            if number < begin_at:
+                continue
             turn.append(batch)
             if len(turn) == self.num_processes and self._is_full(batch):
                 yield turn[self.process_index]

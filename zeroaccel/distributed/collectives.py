@@ -1,12 +1,11 @@
 """Tensors between ranks. Every function here that asks other ranks must be called by all of them.
 
-`gather`, `reduce` and `broadcast` compare the shapes first, with one exchange of 16 bytes a rank whatever the data:
-a mismatch would otherwise hang, crash in the backend, or give garbage.
+`gather`, `reduce` and `broadcast` compare the shapes first, with one exchange of 24 bytes a rank whatever the data
+(`state/meeting.py`): a mismatch would otherwise hang, crash in the backend, or give garbage.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from zeroaccel.distributed.nested import leaves, recursively_apply
 from zeroaccel.distributed.objects import all_objects
 from zeroaccel.errors import ConfigError, ConfigTypeError, DistributedError
 from zeroaccel.state import PartialState
+from zeroaccel.state.meeting import meet
 
 
 class CannotPadNestedTensorWarning(UserWarning):
@@ -130,7 +130,7 @@ def copy_tensor_to_devices(tensor: torch.Tensor | None = None) -> torch.Tensor:
         DistributedError: on every rank, if not exactly one rank has a tensor.
     """
     state = PartialState()
-    known = all_objects(None if tensor is None else (tuple(tensor.shape), tensor.dtype))
+    known = all_objects(None if tensor is None else (tuple(tensor.shape), tensor.dtype), "copy_tensor_to_devices")
     owners = [rank for rank, information in enumerate(known) if information is not None]
     if len(owners) != 1:
         raise DistributedError(
@@ -202,13 +202,12 @@ def check_agreement(operation: str, data: Any, remedy: str, ranks_only: bool = F
         ranks_only: compare the numbers of dimensions instead of shapes and dtypes.
 
     Raises:
-        DistributedError: on every rank, if they differ.
+        DistributedError: on every rank, if they differ or the ranks call different operations; a rank did not come.
         ConfigTypeError: on every rank, if a leaf is no tensor.
     """
     state = PartialState()
-    if state.num_processes > 1 and not _all_equal(outline := _outline(data, ranks_only), state):
-        shown = "".join(f"\n  rank {rank}: {text}" for rank, text in enumerate(all_objects(outline)))
-        raise DistributedError(f"{operation} was given different tensors on different ranks: {remedy}{shown}")
+    if state.num_processes > 1:
+        meet(state, operation, _outline(data, ranks_only), remedy)
     others = sorted({type(leaf).__name__ for leaf in leaves(data) if not isinstance(leaf, torch.Tensor)})
     if others:
         raise ConfigTypeError(
@@ -228,12 +227,3 @@ def _outline(data: Any, ranks_only: bool) -> str:
     if data.is_nested:
         return "nested tensor"
     return f"{data.ndim} dimensions" if ranks_only else f"{list(data.shape)} {data.dtype}"
-
-
-def _all_equal(text: str, state: PartialState) -> bool:
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-    # One MAX gives both extremes, as max(~digest) is ~min(digest).
-    extremes = torch.tensor([digest, ~digest], device=state.device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    largest, inverted_smallest = extremes.tolist()
-    return bool(largest == ~inverted_smallest)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed
-
 from zeroaccel.distributed.collectives import gather
-from zeroaccel.distributed.nested import is_torch_tensor, leaves, recursively_apply
-from zeroaccel.distributed.objects import gather_object
+from zeroaccel.distributed.nested import concatenate, is_torch_tensor, leaves, recursively_apply, send_to_device
+from zeroaccel.distributed.objects import all_objects, gather_object
+from zeroaccel.errors import DistributedError
 from zeroaccel.logging import library_logger
 from zeroaccel.state import GradientState, PartialState
+from zeroaccel.state.meeting import meet
 
 logger = library_logger(__name__)
 
@@ -30,7 +29,10 @@ def gather_for_metrics(input_data: Any, gradient_state: GradientState, use_gathe
         message in the log, where the loader cannot know them (a source of unknown length read by several workers).
     """
     state = PartialState()
-    as_objects = use_gather_object or _anyone(_has_objects(input_data), state)
+    # Ranks that took different ways would wait for each other for ever.
+    as_objects = meet(state, "gather_for_metrics", flag=use_gather_object or _has_objects(input_data))
+    if gradient_state.batch_sizes is not None:
+        return _gather_uneven(input_data, gradient_state.batch_sizes, as_objects, state)
     gathered = gather_object(input_data) if as_objects else gather(input_data)
     if state.num_processes == 1 or not gradient_state.end_of_dataloader:
         return gathered
@@ -45,16 +47,22 @@ def gather_for_metrics(input_data: Any, gradient_state: GradientState, use_gathe
     return recursively_apply(lambda tensor: tensor[:real], gathered)
 
 
+def _gather_uneven(data: Any, sizes: list[int], as_objects: bool, state: PartialState) -> Any:
+    """From ranks whose batches have different sizes; those with a filler give nothing. No sample is repeated there."""
+    if as_objects:
+        return gather_object(data if sizes[state.process_index] else [])
+    with_dimension = recursively_apply(lambda tensor: tensor.cpu() if tensor.ndim else tensor.cpu()[None], data)
+    parts = [part for part, size in zip(all_objects(with_dimension), sizes, strict=True) if size]
+    try:
+        return send_to_device(concatenate(parts), state.device)
+    except RuntimeError as error:
+        raise DistributedError(
+            "gather_for_metrics was given tensors that differ in more than their first dimension: pad them with"
+            f" `accelerator.pad_across_processes`. PyTorch said: {error}"
+        ) from error
+
+
 def _has_objects(data: Any) -> bool:
     """Whether this cannot be gathered as tensors. A list may be empty on one rank and hold objects on another."""
     found = list(leaves(data))
     return not found or not all(is_torch_tensor(leaf) for leaf in found)
-
-
-def _anyone(here: bool, state: PartialState) -> bool:
-    """Whether it is so on any rank: ranks that took different ways would wait for each other for ever."""
-    if state.num_processes == 1:
-        return here
-    flag = torch.tensor(here, dtype=torch.int32, device=state.device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())

@@ -42,7 +42,10 @@ def honor_type(obj: Any, generator: Iterable[Any]) -> Any:
     return type(obj)(*generator) if is_namedtuple(obj) else type(obj)(generator)
 
 
-def _like_mapping(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+def like_mapping(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """`items` as a mapping of the type that `original` has."""
+    if type(original) is dict:
+        return items
     if isinstance(original, defaultdict):
         return type(original)(original.default_factory, items)
     return type(original)(items)  # type: ignore[call-arg]
@@ -75,7 +78,7 @@ def recursively_apply(
             )
 
         if isinstance(data, Mapping):
-            return _like_mapping(data, {key: deeper(value) for key, value in data.items()})
+            return like_mapping(data, {key: deeper(value) for key, value in data.items()})
         return honor_type(data, (deeper(value) for value in data))
     if test_type(data):
         return func(data, *args, **kwargs)
@@ -113,20 +116,24 @@ def send_to_device(
         non_blocking: return before the copy is done; helps for pinned memory.
         skip_keys: keys of mappings whose values stay where they are.
     """
+    if isinstance(tensor, torch.Tensor) and tensor.device == device:
+        return tensor  # much faster than to ask it
     if hasattr(tensor, "to"):
         try:
             return tensor.to(device, non_blocking=non_blocking)
         except TypeError:  # BatchEncoding and its like take the device only
             return tensor.to(device)
-    skipped = [skip_keys] if isinstance(skip_keys, str) else list(skip_keys or [])
     if isinstance(tensor, (tuple, list)):
-        return honor_type(tensor, (send_to_device(t, device, non_blocking, skipped) for t in tensor))
+        return honor_type(tensor, (send_to_device(t, device, non_blocking, skip_keys) for t in tensor))
     if isinstance(tensor, Mapping):
+        if not skip_keys:
+            return like_mapping(tensor, {k: send_to_device(v, device, non_blocking) for k, v in tensor.items()})
+        skipped = [skip_keys] if isinstance(skip_keys, str) else skip_keys
         moved = {
             key: value if key in skipped else send_to_device(value, device, non_blocking, skipped)
             for key, value in tensor.items()
         }
-        return _like_mapping(tensor, moved)
+        return like_mapping(tensor, moved)
     return tensor
 
 
@@ -209,7 +216,7 @@ def concatenate(data: Sequence[Any], dim: int = 0) -> Any:
     if isinstance(first, (tuple, list)):
         return honor_type(first, (concatenate([d[i] for d in data], dim=dim) for i in range(len(first))))
     if isinstance(first, Mapping):
-        return _like_mapping(first, {key: concatenate([d[key] for d in data], dim=dim) for key in first})
+        return like_mapping(first, {key: concatenate([d[key] for d in data], dim=dim) for key in first})
     if isinstance(first, torch.Tensor):
         return torch.cat(list(data), dim=dim)
     if len(data) == 1:

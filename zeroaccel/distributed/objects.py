@@ -14,6 +14,7 @@ from zeroaccel.config.types import DistributedType
 from zeroaccel.distributed.nested import leaves, recursively_apply
 from zeroaccel.errors import DistributedError
 from zeroaccel.state import PartialState
+from zeroaccel.state.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,20 @@ def _on_cpu(value: Any) -> Any:
     return recursively_apply(lambda tensor: tensor.cpu(), value)
 
 
-def all_objects(value: Any) -> list[Any]:
+def all_objects(value: Any, name: str = "an exchange between the ranks") -> list[Any]:
     """`value` of every rank, in order of rank. Collective.
 
+    Args:
+        value: what this rank gives.
+        name: function that the script called, for errors.
+
     Raises:
-        DistributedError: on every rank, if one rank's object cannot be pickled.
+        DistributedError: on every rank, if one rank's object cannot be pickled; on those that came, if one did not.
     """
     state = PartialState()
     if state.num_processes == 1:
         return [value]
+    meet(state, name)
     packed: list[Any] = [None] * state.num_processes
     torch.distributed.all_gather_object(packed, _pack(value))
     return _unpack(packed)
@@ -76,7 +82,7 @@ def gather_object(object: Any) -> list[Any]:
     if PartialState().distributed_type == DistributedType.NO:
         return object  # type: ignore[no-any-return]
     gathered: list[Any] = []
-    for part in all_objects(_on_cpu(object)):
+    for part in all_objects(_on_cpu(object), "gather_object"):
         gathered.extend(part if _is_many(part) else [part])
     return gathered
 
@@ -103,6 +109,7 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
     state = PartialState()
     if state.num_processes == 1:
         return object_list
+    meet(state, "broadcast_object_list")
     sends = state.process_index == from_process
     message = [_pack(list(object_list)) if sends else None]
     torch.distributed.broadcast_object_list(message, src=from_process)

@@ -13,6 +13,7 @@ from zeroaccel.config.types import RNGType
 from zeroaccel.distributed.objects import broadcast_object_list
 from zeroaccel.errors import ConfigError
 from zeroaccel.state import PartialState
+from zeroaccel.state.meeting import meet
 
 
 def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
@@ -52,6 +53,7 @@ def synchronize_rng_state(rng_type: RNGType | str | None = None, generator: torc
     state = PartialState()
     if state.num_processes == 1:
         return
+    meet(state, f"synchronize_rng_state({rng_type!s})")
     sent = read().to("cpu" if state.backend == "gloo" else state.device)
     torch.distributed.broadcast(sent, src=0)
     write(sent.cpu())

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from zeroaccel.config.facts import LoaderFact, ModelFact, OptimizerFact, SchedulerFact
-from zeroaccel.data_loader.loaders import get_sampler
+from zeroaccel.data_loader.parts import get_sampler
 from zeroaccel.engine.optimizer import DummyOptim
 from zeroaccel.engine.scheduler import DummyScheduler
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class GradientState(Shared):
     """Where the gradient accumulation and the active loader stand.
 
-    Loaders publish here (`_add_dataloader`, `_batch_drawn`, `_epoch_ended`), the accumulation window reads.
+    Loaders publish here (`_add_dataloader`, `batches_drawn`, `_epoch_ended`), the accumulation window reads.
 
     Attributes:
         sync_gradients: whether this micro-batch closes its accumulation window.
@@ -30,6 +30,7 @@ class GradientState(Shared):
     _sync_gradients: bool
     _references: list[weakref.ReferenceType[Any]]
     _epoch_end_hooks: list[Callable[[], None]]
+    _joint_engines: list[tuple[weakref.ReferenceType[Any], bool]]
 
     def __init__(self, gradient_accumulation_plugin: GradientAccumulationPlugin | None = None) -> None:
         self.__dict__ = self._shared_state
@@ -40,6 +41,7 @@ class GradientState(Shared):
             self.batches_drawn = 0
             self._references = []
             self._epoch_end_hooks = []
+            self._joint_engines = []
         if gradient_accumulation_plugin is not None:
             self.plugin_kwargs = gradient_accumulation_plugin.to_kwargs()
 
@@ -104,6 +106,34 @@ class GradientState(Shared):
         loader = self.active_dataloader
         return -1 if loader is None else int(loader.remainder)
 
+    @property
+    def filler(self) -> bool:
+        """Whether this rank ran out of batches and has its last one again, because others go on.
+
+        `backward` counts it as zero and `gather_for_metrics` leaves it out; what a script counts by itself should too.
+        """
+        return any(getattr(loader, "filler", False) for loader in self.dataloader_references)
+
+    @property
+    def batch_sizes(self) -> list[int] | None:
+        """Samples that each rank has in the active loader's batch, 0 for a filler; None if all have as many."""
+        sizes = getattr(self.active_dataloader, "batch_sizes", None)
+        return None if sizes is None or len(set(sizes)) == 1 else sizes
+
+    def _add_engine(self, engine: Any, always: bool) -> None:
+        """The model in `engine` needs all ranks: always, or while it is in training."""
+        self._joint_engines = [each for each in self._joint_engines if each[0]() is not None]
+        self._joint_engines.append((weakref.ref(engine), always))
+
+    @property
+    def _has_joint_engines(self) -> bool:
+        return any(reference() is not None for reference, _ in self._joint_engines)
+
+    def _ranks_work_together(self) -> bool:
+        """Whether a model needs all ranks now."""
+        engines = [(engine, always) for reference, always in self._joint_engines if (engine := reference()) is not None]
+        return any(always or engine.module.training for engine, always in engines)  # an engine itself always is
+
     def _add_dataloader(self, dataloader: Any) -> None:
         self._references = [*self._references, weakref.ref(dataloader)]
 
@@ -115,9 +145,6 @@ class GradientState(Shared):
                 del alive[position]
                 break
         self._references = alive
-
-    def _batch_drawn(self) -> None:
-        self.batches_drawn += 1
 
     def _epoch_ended(self) -> None:
         for hook in self._epoch_end_hooks:

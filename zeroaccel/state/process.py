@@ -17,6 +17,7 @@ from zeroaccel import logging as rank_logging
 from zeroaccel.config import environment
 from zeroaccel.config.types import DistributedType
 from zeroaccel.errors import ConfigError, EnvironmentProblem
+from zeroaccel.state.meeting import meet
 from zeroaccel.state.shared import Shared
 from zeroaccel.state.splitting import share_of
 
@@ -188,10 +189,12 @@ class PartialState(Shared):
         return best_device()
 
     def wait_for_everyone(self) -> None:
-        """Returns once every rank is here. Nothing to wait for in a world of one."""
-        if self.num_processes > 1:
-            on_gpu = self.device.type == "cuda"
-            torch.distributed.barrier(device_ids=[self.device.index] if on_gpu else None)
+        """Returns once every rank is here. Nothing to wait for in a world of one.
+
+        Raises:
+            DistributedError: a rank did not come in time, or came to another call.
+        """
+        meet(self, "wait_for_everyone")
 
     @contextmanager
     def _goes_first(self, first: bool) -> Iterator[None]:

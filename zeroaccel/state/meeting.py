@@ -1,0 +1,179 @@
+"""The door of every collective that a script can call: all ranks come in with the same words, or all get an error.
+
+A rank that never comes is named. While a collective goes on nothing is written down; a rank that has waited for a
+while signs a list in the process group's store, and when the wait ends in a failure, those who did not sign missed it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from zeroaccel.errors import DistributedError
+
+if TYPE_CHECKING:
+    from zeroaccel.state.process import PartialState
+
+PATIENCE = 5.0  # seconds after which a waiting rank signs
+EARLIER = 0.95  # of NCCL's timeout, at which its watchdog would end the process without saying who is missing
+_numbers = itertools.count(1)  # ranks that are in step count alike
+_connected: Any = None  # the group whose ranks have met
+
+
+def meet(state: PartialState, name: str, outline: str = "", remedy: str = "", flag: bool = False) -> bool:
+    """Returns once all ranks are here; costs one exchange of 24 bytes a rank. Collective.
+
+    Args:
+        state: of this rank.
+        name: function that the script called.
+        outline: what it was given, where that has to be the same on all ranks.
+        remedy: what the error advises where outlines differ.
+        flag: a question to all ranks.
+
+    Returns:
+        Whether any rank's `flag` is true.
+
+    Raises:
+        DistributedError: on every rank, if names or outlines differ; on those that came, if one did not.
+    """
+    if state.num_processes == 1:
+        return flag
+    digest = int.from_bytes(hashlib.blake2b(f"{name} {outline}".encode(), digest_size=8).digest(), "big", signed=True)
+    if state.backend != "gloo":
+        _connect(state, name)
+    # One MAX gives both extremes, as max(~digest) is ~min(digest).
+    shared = torch.tensor([digest, ~digest, flag], device=state.device)
+    attend(state, name, lambda: dist.all_reduce(shared, dist.ReduceOp.MAX, async_op=True))
+    largest, inverted_smallest, raised = shared.tolist()
+    if largest != ~inverted_smallest:
+        said: list[Any] = [None] * state.num_processes
+        dist.all_gather_object(said, (name, outline))
+        raise DistributedError(_difference(said, remedy))
+    return bool(raised)
+
+
+def _difference(said: list[tuple[str, str]], remedy: str) -> str:
+    names = {name for name, _ in said}
+    if len(names) == 1:
+        shown = "".join(f"\n  rank {rank}: {outline}" for rank, (_, outline) in enumerate(said))
+        return f"{names.pop()} was given different tensors on different ranks: {remedy}{shown}"
+    shown = "".join(f"\n  rank {rank}: {name}" for rank, (name, _) in enumerate(said))
+    return f"the ranks are at different places of the script: all of them must make the same calls in one order{shown}"
+
+
+def attend(state: PartialState, name: str, start: Callable[[], Any]) -> None:
+    """Waits for a collective of all ranks.
+
+    Args:
+        state: of this rank.
+        name: function that the script called.
+        start: begins the collective and returns its handle (`async_op=True`).
+
+    Raises:
+        DistributedError: it failed, or a rank did not come in time.
+    """
+    number, begin = next(_numbers), time.monotonic()
+    problem: Exception | None = None
+    try:
+        work = start()
+        if _done(state, work, PATIENCE):
+            return
+        _sign(state, number)
+        if _done(state, work, EARLIER * _timeout(state) - 2 * PATIENCE):
+            return
+    except RuntimeError as error:  # gloo and NCCL: a connection is gone, or the time is over
+        problem = error
+    waited = time.monotonic() - begin
+    raise DistributedError(_roll_call(state, number, name, waited, problem)) from problem
+
+
+def _connect(state: PartialState, name: str) -> None:
+    """Before a group's first collective: NCCL connects in it, and waits for a missing rank without any timeout."""
+    global _connected
+    group = dist.distributed_c10d._get_default_group()
+    if group is _connected:
+        return
+    number, begin = next(_numbers), time.monotonic()
+    _sign(state, number)
+    if _absent(state, number, EARLIER * _timeout(state) - 2 * PATIENCE):
+        raise DistributedError(_roll_call(state, number, name, time.monotonic() - begin, None))
+    _connected = group
+
+
+def _done(state: PartialState, work: Any, seconds: float) -> bool:
+    """Whether the collective is over `seconds` from now.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    if state.backend == "gloo":
+        try:
+            work.wait(timedelta(seconds=seconds))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            return False
+        return True
+    begin = time.monotonic()
+    while not work.is_completed():  # NCCL's `wait` returns at once
+        waited = time.monotonic() - begin
+        if waited > seconds:
+            return False
+        time.sleep(0 if waited < 0.01 else 0.001)
+    work.wait()
+    return True
+
+
+def _timeout(state: PartialState) -> float:
+    """Seconds after which the process group gives a collective up."""
+    backend: Any = dist.distributed_c10d._get_default_group()._get_backend(state.device)
+    return float(backend.options._timeout.total_seconds())
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _sign(state: PartialState, number: int) -> None:
+    _store().set(f"zeroaccel/waits/{state.process_index}", str(number))
+
+
+def _has_signed(rank: int, number: int) -> bool:
+    key = f"zeroaccel/waits/{rank}"
+    return bool(_store().check([key])) and int(_store().get(key)) >= number
+
+
+def _roll_call(state: PartialState, number: int, name: str, waited: float, problem: Exception | None) -> str:
+    """Who is missing, as the text of an error."""
+    try:
+        _sign(state, number)
+        absent = _absent(state, number, PATIENCE + 1)  # one that came a moment ago still has its patience
+    except RuntimeError:  # the store lives in the launcher, or in rank 0
+        return f"{name}: rank {state.process_index} waited {waited:.0f} s, then the run fell apart: see the other ranks"
+    if not absent:
+        return f"{name} failed after {waited:.0f} s, though all ranks were there: {problem}"
+    who = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
+    return (
+        f"{name} must be called by all {state.num_processes} ranks, and {who} did not come: rank"
+        f" {state.process_index} waited {waited:.0f} s. Either it failed, then its own error says why; or the call"
+        " stands where not all ranks get to, behind `if accelerator.is_main_process`, or in a loop that is longer on"
+        " some ranks. Where more time is needed: InitProcessGroupKwargs(timeout=...)"
+    )
+
+
+def _absent(state: PartialState, number: int, seconds: float) -> list[int]:
+    """Ranks that have not signed `seconds` from now."""
+    absent = [rank for rank in range(state.num_processes) if rank != state.process_index]
+    end = time.monotonic() + seconds
+    while absent := [rank for rank in absent if not _has_signed(rank, number)]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.01)
+    return absent
