@@ -1,191 +1,45 @@
 """Loops that are right in plain PyTorch and that DeepSpeed, driven natively, trains wrong or not at all.
 
-Every rank sees its own batches. The reference is plain PyTorch in one process, on the mean of all ranks' losses;
-a parameter without a gradient counts as gradient zero, as it does under ZeRO.
+Every rank sees its own batches; `loop.py` holds the reference. A situation gives the largest difference of a weight,
+raises `Wrong` where it is none of rounding, and `NotAvailable` where the kind of run has no such thing.
 """
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.distributed.pool import reset_states
-from tests.parity.problem import full_weights
-from zeroaccel.errors import UsageError
-
-FEATURES, BATCH = 6, 3
-TOLERANCE = {"no": 2e-6, "bf16": 4e-2, "fp16": 4e-3}
-
-
-class Net(nn.Module):
-    """A trunk with two heads, a parameter without dimensions, and a layer that nothing uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Linear(FEATURES, 8)
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.head_a = nn.Linear(8, 2)
-        self.head_b = nn.Linear(8, 2)
-        self.unused = nn.Linear(3, 3)
-
-    def forward(self, x: torch.Tensor, head: str = "a") -> Any:
-        hidden = torch.tanh(self.trunk(x.to(self.trunk.weight.dtype))) * self.scale
-        if head == "both":
-            return self.head_a(hidden), self.head_b(hidden)
-        return self.head_a(hidden) if head == "a" else self.head_b(hidden)
-
-
-def make_model(seed: int = 3) -> Net:
-    torch.manual_seed(seed)
-    return Net()
-
-
-def make_optimizer(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, **options})
-
-
-def batch_of(number: int, rank: int) -> torch.Tensor:
-    return torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(100 * number + rank))
-
-
-def loss_of(output: torch.Tensor) -> torch.Tensor:
-    return (output.float() - 1.0).square().mean()
-
-
-@dataclass
-class Kind:
-    """A way to run: stage, optimizer offload, precision."""
-
-    stage: int = 2
-    offload: str = "none"
-    precision: str = "no"
-    nvme_path: str = ""
-
-    def __str__(self) -> str:
-        return "-".join([f"stage{self.stage}", self.offload, self.precision])
-
-
-class Loop:
-    """A prepared model and its reference.
-
-    Attributes:
-        accelerator, model, optimizer: the library's.
-        peer: plain PyTorch's model, `peer_optimizer` its optimizer.
-    """
-
-    def __init__(self, kind: Kind, steps: int = 1, shared: Loop | None = None, seed: int = 3) -> None:
-        self.kind = kind
-        self.accelerator = shared.accelerator if shared else _accelerator(kind, steps)
-        self.ranks = self.accelerator.num_processes
-        self.rank = self.accelerator.process_index
-        model = make_model(seed)
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
-        self.peer = make_model(seed)
-        self.peer_optimizer = make_optimizer(self.peer)
-        self.device = self.accelerator.device
-
-    def loss(self, number: int, head: str = "a") -> torch.Tensor:
-        return loss_of(self.model(batch_of(number, self.rank).to(self.device), head))
-
-    def peer_loss(self, number: int, head: str = "a") -> torch.Tensor:
-        losses = [loss_of(self.peer(batch_of(number, rank), head)) for rank in range(self.ranks)]
-        return torch.stack(losses).mean()
-
-    def step(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def peer_step(self, *losses: torch.Tensor, clip: float = float("inf")) -> None:
-        """One step of the reference on the sum of the losses."""
-        sum(losses, torch.zeros(())).backward()
-        self.peer_end(clip)
-
-    def peer_end(self, clip: float = float("inf")) -> None:
-        for parameter in self.peer.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.peer_norm = float(torch.nn.utils.clip_grad_norm_(self.peer.parameters(), clip))
-        self.peer_optimizer.step()
-        self.peer_optimizer.zero_grad()
-
-    def peer_gradients(self) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for name, parameter in self.peer.named_parameters()
-        }
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Whole gradients, before the step; unused parameters may have none at stage 0."""
-        from deepspeed.utils import safe_get_full_grad
-
-        found = {name: safe_get_full_grad(parameter) for name, parameter in self.model.module.named_parameters()}
-        scale = self.optimizer.optimizer.loss_scale if self.kind.stage == 0 and self.kind.precision == "fp16" else 1.0
-        return {name: value.float().cpu() / scale for name, value in found.items() if value is not None}
-
-    def set_gradient(self, name: str, value: torch.Tensor) -> None:
-        from deepspeed.utils import safe_set_full_grad
-
-        parameter = dict(self.model.module.named_parameters())[name]
-        scale = self.optimizer.optimizer.loss_scale if self.kind.stage == 0 and self.kind.precision == "fp16" else 1.0
-        safe_set_full_grad(parameter, (value * scale).to(self.device))
-
-    def both_heads(self, model: Any, number: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses of both heads on one trunk."""
-        device = self.device if model is self.model else None
-        first, second = model(batch_of(number, rank).to(device), "both")
-        return loss_of(first), loss_of(second)
-
-    def check_norm(self, norm: torch.Tensor) -> None:
-        """The norm is that of the reference's last step."""
-        assert abs(float(norm) - self.peer_norm) <= max(TOLERANCE[self.kind.precision], 1e-5) * max(self.peer_norm, 1.0)
-
-    def check(self) -> float:
-        """The largest difference of a weight, which must be one of rounding."""
-        expected = dict(self.peer.named_parameters())
-        distances = {
-            name: float((weight - expected[name].detach()).abs().max())
-            for name, weight in full_weights(self.model).items()
-        }
-        name, distance = max(distances.items(), key=lambda item: item[1])
-        assert distance <= TOLERANCE[self.kind.precision], f"{name} differs by {distance:.1e}"
-        return distance
-
-
-def _accelerator(kind: Kind, steps: int) -> Any:
-    from zeroaccel import Accelerator, DeepSpeedPlugin
-
-    reset_states()
-    path = kind.nvme_path or None
-    plugin = DeepSpeedPlugin(
-        zero_stage=kind.stage,
-        gradient_accumulation_steps=steps,
-        offload_optimizer_device=kind.offload,
-        offload_optimizer_nvme_path=path if kind.offload == "nvme" else None,
-    )
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = BATCH
-    if kind.precision == "fp16":  # a static scale, under which no step overflows
-        plugin.deepspeed_config["fp16"] = {"enabled": True, "auto_cast": False, "loss_scale": 128.0}
-    return Accelerator(mixed_precision=kind.precision, deepspeed_plugin=plugin)
-
+from tests.engine import situations_gradients as gradients
+from tests.engine.contestants import NotAvailable
+from tests.engine.loop import Kind, Loop, Wrong, loss_of
+from zeroaccel.errors import ZeroAccelError
 
 # --- several losses -----------------------------------------------------------------------------------------------
+
+
+def one_loss(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loop.backward(loop.loss(number))
+        loop.step()
+        loop.peer.step(loop.peer.loss(number))
+    return loop.check()
 
 
 def two_losses_one_after_the_other(kind: Kind) -> float:
     loop = Loop(kind)
     for number in range(3):
-        loop.accelerator.backward(loop.loss(number))
-        loop.accelerator.backward(loop.loss(number + 10))
+        loop.backward(loop.loss(number))
+        loop.backward(loop.loss(number + 10))
         loop.step()
-        loop.peer_step(loop.peer_loss(number), loop.peer_loss(number + 10))
+        loop.peer.step(loop.peer.loss(number), loop.peer.loss(number + 10))
     return loop.check()
 
 
@@ -193,10 +47,10 @@ def two_forwards_then_two_backwards(kind: Kind) -> float:
     loop = Loop(kind)
     for number in range(3):
         first, second = loop.loss(number), loop.loss(number + 10)
-        loop.accelerator.backward(first)
-        loop.accelerator.backward(second)
+        loop.backward(first)
+        loop.backward(second)
         loop.step()
-        loop.peer_step(loop.peer_loss(number), loop.peer_loss(number + 10))
+        loop.peer.step(loop.peer.loss(number), loop.peer.loss(number + 10))
     return loop.check()
 
 
@@ -204,20 +58,33 @@ def two_forwards_then_two_backwards_in_reverse(kind: Kind) -> float:
     loop = Loop(kind)
     for number in range(3):
         first, second = loop.loss(number), loop.loss(number + 10)
-        loop.accelerator.backward(second)
-        loop.accelerator.backward(first)
+        loop.backward(second)
+        loop.backward(first)
         loop.step()
-        loop.peer_step(loop.peer_loss(number), loop.peer_loss(number + 10))
+        loop.peer.step(loop.peer.loss(number), loop.peer.loss(number + 10))
+    return loop.check()
+
+
+def two_forwards_and_one_loss(kind: Kind) -> float:
+    """As with contrastive losses, where one model sees both inputs."""
+    loop = Loop(kind)
+    for number in range(3):
+        first, second = loop.model(loop.batch(number)), loop.model(loop.batch(number + 10))
+        loop.backward(loss_of(first * second))
+        loop.step()
+        model, batch = loop.peer.model, loop.peer.batch
+        pairs = [(model(batch(number, rank)), model(batch(number + 10, rank))) for rank in range(loop.ranks)]
+        loop.peer.step(torch.stack([loss_of(first * second) for first, second in pairs]).mean())
     return loop.check()
 
 
 def losses_of_two_heads(kind: Kind) -> float:
     loop = Loop(kind)
     for number in range(3):
-        loop.accelerator.backward(loop.loss(number, "a"))
-        loop.accelerator.backward(loop.loss(number, "b"))
+        loop.backward(loop.loss(number, "a"))
+        loop.backward(loop.loss(number, "b"))
         loop.step()
-        loop.peer_step(loop.peer_loss(number, "a"), loop.peer_loss(number, "b"))
+        loop.peer.step(loop.peer.loss(number, "a"), loop.peer.loss(number, "b"))
     return loop.check()
 
 
@@ -225,23 +92,116 @@ def a_head_used_on_alternate_steps(kind: Kind) -> float:
     loop = Loop(kind)
     for number in range(4):
         head = "ab"[number % 2]
-        loop.accelerator.backward(loop.loss(number, head))
+        loop.backward(loop.loss(number, head))
         loop.step()
-        loop.peer_step(loop.peer_loss(number, head))
+        loop.peer.step(loop.peer.loss(number, head))
     return loop.check()
 
 
-def accumulation_with_two_losses(kind: Kind) -> float:
+def a_plain_loss_backward(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loop.loss(number).backward()  # type: ignore[no-untyped-call]
+        loop.step()
+        loop.peer.step(loop.peer.loss(number))
+    return loop.check()
+
+
+def a_parameter_without_dimensions(kind: Kind) -> float:
+    loop = Loop(kind, scalar=True)
+    for number in range(3):
+        loop.backward(loop.loss(number))
+        loop.step()
+        loop.peer.step(loop.peer.loss(number))
+    return loop.check()
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------
+
+
+def a_graph_used_twice(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loss = loop.loss(number)
+        loop.backward(loss, retain_graph=True)
+        loop.backward(loss * loss)
+        loop.step()
+        model, batch = loop.peer.model, loop.peer.batch
+        losses = [loss_of(model(batch(number, rank))) for rank in range(loop.ranks)]
+        loop.peer.step(torch.stack([loss + loss * loss for loss in losses]).mean())
+    return loop.check()
+
+
+def a_trunk_kept_for_a_second_head(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        first, second = loop.model(loop.batch(number), "both")
+        loop.backward(loss_of(first), retain_graph=True)
+        loop.backward(loss_of(second))
+        loop.step()
+        loop.peer.step(loop.peer.loss(number, "a"), loop.peer.loss(number, "b"))
+    return loop.check()
+
+
+def a_graph_of_two_engines_used_twice(kind: Kind) -> float:
+    one = Loop(kind)
+    two = Loop(kind, shared=one, seed=4)
+    for number in range(3):
+        product = one.loss(number) * two.loss(number)
+        one.backward(product, retain_graph=True)
+        one.backward(product * product)
+        for loop in (one, two):
+            loop.step()
+        losses = [
+            loss_of(one.peer.model(one.peer.batch(number, rank)))
+            * loss_of(two.peer.model(two.peer.batch(number, rank)))
+            for rank in range(one.ranks)
+        ]
+        one.peer.backward(torch.stack([loss + loss * loss for loss in losses]).mean(), two.peer)
+        for loop in (one, two):
+            loop.peer.step()
+    return max(one.check(), two.check())
+
+
+def activations_computed_again(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loop.backward(loss_of(loop.model(loop.batch(number), recompute=True)))
+        loop.step()
+        loop.peer.step(loop.peer.loss(number))
+    return loop.check()
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def _evaluate(loop: Loop, number: int) -> None:
+    loop.model.eval()
+    with torch.no_grad():
+        loop.loss(number)
+    loop.model.train()
+
+
+def evaluation_between_forward_and_backward(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loss = loop.loss(number)
+        _evaluate(loop, number + 30)
+        loop.backward(loss)
+        loop.step()
+        loop.peer.step(loop.peer.loss(number))
+    return loop.check()
+
+
+def evaluation_in_an_open_window(kind: Kind) -> float:
     loop = Loop(kind, steps=2)
-    for window in range(2):
-        numbers = (2 * window, 2 * window + 1)
-        for number in numbers:
-            with loop.accelerator.accumulate(loop.model):
-                # The context counts blocks, so this pair is one micro-batch.
-                loop.accelerator.backward(loop.loss(number, "a"))
-                loop.accelerator.backward(loop.loss(number, "b"))
-                loop.step()
-        loop.peer_step(*(loop.peer_loss(number, head) / 2 for number in numbers for head in "ab"))
+    for number in range(6):
+        with loop.accelerator.accumulate(loop.model):
+            loop.backward(loop.loss(number))
+            _evaluate(loop, number + 30)
+            loop.step()
+    for number in (0, 2, 4):
+        loop.peer.step(loop.peer.loss(number) / 2, loop.peer.loss(number + 1) / 2)
     return loop.check()
 
 
@@ -252,12 +212,12 @@ def gradients_are_thrown_away_after_an_exception(kind: Kind) -> float:
     loop = Loop(kind)
     for number in range(3):
         with suppress(ArithmeticError):
-            loop.accelerator.backward(loop.loss(number + 20))
+            loop.backward(loop.loss(number + 20))
             raise ArithmeticError
         loop.optimizer.zero_grad()
-        loop.accelerator.backward(loop.loss(number))
+        loop.backward(loop.loss(number))
         loop.step()
-        loop.peer_step(loop.peer_loss(number))
+        loop.peer.step(loop.peer.loss(number))
     return loop.check()
 
 
@@ -274,12 +234,11 @@ def an_exception_in_the_backward_pass_leaves_no_trace(kind: Kind) -> float:
     loop = Loop(kind)
     for number in range(3):
         with suppress(ArithmeticError):
-            output = loop.model(batch_of(number, loop.rank).to(loop.device))
-            loop.accelerator.backward(loss_of(Boom.apply(output)))
+            loop.backward(loss_of(Boom.apply(loop.model(loop.batch(number)))))
         loop.optimizer.zero_grad()
-        loop.accelerator.backward(loop.loss(number))
+        loop.backward(loop.loss(number))
         loop.step()
-        loop.peer_step(loop.peer_loss(number))
+        loop.peer.step(loop.peer.loss(number))
     return loop.check()
 
 
@@ -290,17 +249,18 @@ def one_backward_serves_two_engines(kind: Kind) -> float:
     one = Loop(kind)
     two = Loop(kind, shared=one, seed=4)
     for number in range(3):
-        one.accelerator.backward(one.loss(number) * 2 + two.loss(number) * one.loss(number + 10))
+        one.backward(one.loss(number) * 2 + two.loss(number) * one.loss(number + 10))
         for loop in (one, two):
             loop.step()
+        batch = one.peer.batch
         losses = [
-            loss_of(one.peer(batch_of(number, rank))) * 2
-            + loss_of(two.peer(batch_of(number, rank))) * loss_of(one.peer(batch_of(number + 10, rank)))
+            loss_of(one.peer.model(batch(number, rank))) * 2
+            + loss_of(two.peer.model(batch(number, rank))) * loss_of(one.peer.model(batch(number + 10, rank)))
             for rank in range(one.ranks)
         ]
-        torch.stack(losses).mean().backward()
+        one.peer.backward(torch.stack(losses).mean(), two.peer)
         for loop in (one, two):
-            loop.peer_end()
+            loop.peer.step()
     return max(one.check(), two.check())
 
 
@@ -314,18 +274,106 @@ def two_engines_alternate(kind: Kind) -> float:
         return loss_of(second(torch.cat([made, made, made], dim=1)))
 
     for number in range(3):
-        x = batch_of(number, generator.rank).to(generator.device)
-        generator.accelerator.backward(critic.loss(number))
+        generator.backward(critic.loss(number))
         critic.step()
-        generator.accelerator.backward(chained(generator.model, critic.model, x))
+        generator.backward(chained(generator.model, critic.model, generator.batch(number)))
         generator.step()
         critic.optimizer.zero_grad()
-        critic.peer_step(critic.peer_loss(number))
-        losses = [chained(generator.peer, critic.peer, batch_of(number, rank)) for rank in range(generator.ranks)]
-        torch.stack(losses).mean().backward()
-        generator.peer_end()
-        critic.peer_optimizer.zero_grad()
+        one, two = generator.peer, critic.peer
+        two.step(two.loss(number))
+        losses = [chained(one.model, two.model, one.batch(number, rank)) for rank in range(generator.ranks)]
+        one.backward(torch.stack(losses).mean(), two)
+        one.step()
+        two.optimizer.zero_grad()
     return max(generator.check(), critic.check())
+
+
+# --- accumulation windows -----------------------------------------------------------------------------------------
+
+
+def accumulation_with_two_losses(kind: Kind) -> float:
+    loop = Loop(kind, steps=2)
+    for window in range(2):
+        numbers = (2 * window, 2 * window + 1)
+        for number in numbers:
+            with loop.accelerator.accumulate(loop.model):
+                # The context counts blocks, so this pair is one micro-batch.
+                loop.backward(loop.loss(number, "a"))
+                loop.backward(loop.loss(number, "b"))
+                loop.step()
+        loop.peer.step(*(loop.peer.loss(number, head) / 2 for number in numbers for head in "ab"))
+    return loop.check()
+
+
+def _batch_numbers(loop: Loop, count: int) -> Any:
+    """A prepared loader of the numbers of each rank's batches."""
+    loader = loop.accelerator.prepare(DataLoader(TensorDataset(torch.arange(count * loop.ranks)), batch_size=1))
+    return loader, lambda number: int(number) // loop.ranks
+
+
+def a_short_last_window(kind: Kind) -> float:
+    loop = Loop(kind, steps=4)
+    loader, index = _batch_numbers(loop, 6)
+    for (number,) in loader:
+        with loop.accelerator.accumulate(loop.model):
+            loop.backward(loop.loss(index(number)))
+            loop.step()
+    for window in _windows(4, 2):
+        loop.peer.step(*(loop.peer.loss(number) / len(window) for number in window))
+    return loop.check()
+
+
+def a_short_last_window_is_clipped_by_its_true_norm(kind: Kind) -> float:
+    loop = Loop(kind, steps=4, needs=("clip",))
+    loader, index = _batch_numbers(loop, 6)
+    windows = _windows(4, 2)
+    for (number,) in loader:
+        with loop.accelerator.accumulate(loop.model):
+            loop.backward(loop.loss(index(number)))
+            if loop.accelerator.sync_gradients:
+                norm = loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.1)
+                window = next(windows)
+                loop.peer.step(*(loop.peer.loss(each) / len(window) for each in window), clip=0.1)
+                loop.check_norm(norm)
+            loop.step()
+    return loop.check()
+
+
+def a_window_that_the_library_counts_goes_on_in_the_next_epoch(kind: Kind) -> float:
+    loop = Loop(kind, steps=2)
+    loader, index = _batch_numbers(loop, 3)
+    for _ in range(2):
+        for (number,) in loader:
+            loop.backward(loop.loss(index(number)))
+            loop.step()
+    for window in ((0, 1), (2, 0), (1, 2)):
+        loop.peer.step(*(loop.peer.loss(number) / 2 for number in window))
+    return loop.check()
+
+
+def windows_of_accumulate_end_with_the_epoch(kind: Kind) -> float:
+    loop = Loop(kind, steps=2)
+    loader, index = _batch_numbers(loop, 3)
+    for _ in range(2):
+        for (number,) in loader:
+            with loop.accelerator.accumulate(loop.model):
+                loop.backward(loop.loss(index(number)))
+                loop.step()
+    for window in ((0, 1), (2,)) * 2:
+        loop.peer.step(*(loop.peer.loss(number) / len(window) for number in window))
+    return loop.check()
+
+
+def no_sync_around_all_but_the_last(kind: Kind) -> float:
+    """The script cuts its windows, as with DistributedDataParallel."""
+    loop = Loop(kind, needs=("no_sync",))
+    for number in range(0, 6, 2):
+        with loop.accelerator.no_sync(loop.model):
+            loop.backward(loop.loss(number) / 2)
+        loop.backward(loop.loss(number + 1) / 2)
+        loop.step()
+        loop.peer.step(loop.peer.loss(number) / 2, loop.peer.loss(number + 1) / 2)
+    return loop.check()
 
 
 # --- losses weighted by tokens ------------------------------------------------------------------------------------
@@ -333,17 +381,16 @@ def two_engines_alternate(kind: Kind) -> float:
 TOKENS = ((3, 1, 2, 3, 1, 2), (1, 2, 3, 3, 2, 1))  # of each rank's batches: how many of its rows count
 
 
-def _token_losses(model: Any, number: int, rank: int, device: Any = None) -> torch.Tensor:
+def _token_losses(output: torch.Tensor, number: int, rank: int) -> torch.Tensor:
     """Sum over the rows that count."""
-    output = model(batch_of(number, rank).to(device))[: TOKENS[rank % 2][number]]
-    return (output.float() - 1.0).square().mean(dim=1).sum()
+    return (output[: TOKENS[rank % 2][number]].float() - 1.0).square().mean(dim=1).sum()
 
 
 def _one_big_batch(loop: Loop, numbers: Iterable[int], clip: float = float("inf")) -> None:
-    listed = list(numbers)
-    total = sum(TOKENS[rank % 2][number] for number in listed for rank in range(loop.ranks))
-    sums = [_token_losses(loop.peer, number, rank) for number in listed for rank in range(loop.ranks)]
-    loop.peer_step(torch.stack(sums).sum() / total, clip=clip)
+    cases = [(number, rank) for number in numbers for rank in range(loop.ranks)]
+    total = sum(TOKENS[rank % 2][number] for number, rank in cases)
+    sums = [_token_losses(loop.peer.model(loop.peer.batch(number, rank)), number, rank) for number, rank in cases]
+    loop.peer.step(torch.stack(sums).sum() / total, clip=clip)
 
 
 def _windows(size: int, last: int) -> Iterator[range]:
@@ -359,34 +406,33 @@ def the_token_weighted_recipe_of_the_guide(kind: Kind) -> float:
         in_all = loop.accelerator.gather(torch.tensor([own], device=loop.device)).sum()
         for number in window:
             loop.accelerator.sync_gradients = number == window[-1]
-            loss = _token_losses(loop.model, number, loop.rank, loop.device) / in_all
-            loop.accelerator.backward(loss * loop.accelerator.gradient_accumulation_steps * loop.ranks)
+            loss = _token_losses(loop.model(loop.batch(number)), number, loop.rank) / in_all
+            loop.backward(loss * loop.accelerator.gradient_accumulation_steps * loop.ranks)
         loop.step()
-        _one_big_batch(loop, window)
-    return loop.check()
-
-
-def a_loss_weighted_in_one_line(kind: Kind) -> float:
-    """`accumulate()` cuts the windows, the last one short."""
-    loop = Loop(kind, steps=4)
-    numbers = DataLoader(TensorDataset(torch.arange(6 * loop.ranks)), batch_size=1)
-    for (number,) in loop.accelerator.prepare(numbers):
-        with loop.accelerator.accumulate(loop.model):
-            _backward_mean(loop, int(number) // loop.ranks)
-            loop.step()
-    for window in _windows(4, 2):
         _one_big_batch(loop, window)
     return loop.check()
 
 
 def _backward_mean(loop: Loop, number: int) -> None:
     tokens = TOKENS[loop.rank % 2][number]
-    mean = _token_losses(loop.model, number, loop.rank, loop.device) / tokens
-    loop.accelerator.backward(mean, weight=tokens)
+    loop.backward(_token_losses(loop.model(loop.batch(number)), number, loop.rank) / tokens, weight=tokens)
+
+
+def a_loss_weighted_in_one_line(kind: Kind) -> float:
+    """`accumulate()` cuts the windows, the last one short."""
+    loop = Loop(kind, steps=4, needs=("weight",))
+    loader, index = _batch_numbers(loop, 6)
+    for (number,) in loader:
+        with loop.accelerator.accumulate(loop.model):
+            _backward_mean(loop, index(number))
+            loop.step()
+    for window in _windows(4, 2):
+        _one_big_batch(loop, window)
+    return loop.check()
 
 
 def a_weighted_loss_is_clipped_by_its_true_norm(kind: Kind) -> float:
-    loop = Loop(kind)
+    loop = Loop(kind, needs=("weight",))
     for window in _windows(3, 2):
         for number in window:
             _backward_mean(loop, number)
@@ -397,151 +443,75 @@ def a_weighted_loss_is_clipped_by_its_true_norm(kind: Kind) -> float:
     return loop.check()
 
 
-# --- a graph that is kept -----------------------------------------------------------------------------------------
-
-
-def a_graph_used_twice(kind: Kind) -> float:
-    loop = Loop(kind)
-    for number in range(3):
-        loss = loop.loss(number)
-        loop.accelerator.backward(loss, retain_graph=True)
-        loop.accelerator.backward(loss * loss)
-        loop.step()
-        losses = [loss_of(loop.peer(batch_of(number, rank))) for rank in range(loop.ranks)]
-        loop.peer_step(torch.stack([loss + loss * loss for loss in losses]).mean())
-    return loop.check()
-
-
-def a_trunk_kept_for_a_second_head(kind: Kind) -> float:
-    loop = Loop(kind)
-    for number in range(3):
-        first, second = loop.both_heads(loop.model, number, loop.rank)
-        loop.accelerator.backward(first, retain_graph=True)
-        loop.accelerator.backward(second)
-        loop.step()
-        pairs = [loop.both_heads(loop.peer, number, rank) for rank in range(loop.ranks)]
-        loop.peer_step(torch.stack([first + second for first, second in pairs]).mean())
-    return loop.check()
-
-
-# --- gradients read and changed before the step -------------------------------------------------------------------
-
-
-def gradients_can_be_read(kind: Kind) -> float:
-    loop = Loop(kind)
-    worst = 0.0
-    for number in range(3):
-        loop.accelerator.backward(loop.loss(number))
-        loop.peer_loss(number).backward()
-        expected = loop.peer_gradients()
-        for name, gradient in loop.gradients().items():
-            worst = max(worst, float((gradient - expected[name]).abs().max()))
-        loop.step()
-        loop.peer_end()
-    assert worst <= TOLERANCE[kind.precision], f"a gradient differs by {worst:.1e}"
-    return max(worst, loop.check())
-
-
-def gradients_can_be_edited_before_a_clipped_step(kind: Kind) -> float:
-    loop = Loop(kind)
-    for number in range(3):
-        loop.accelerator.backward(loop.loss(number))
-        for name, gradient in loop.gradients().items():
-            loop.set_gradient(name, gradient.abs() * 3)
-        norm = loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.5)
-        loop.step()
-        loop.peer_loss(number).backward()
-        for parameter in loop.peer.parameters():
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad.abs() * 3
-        loop.peer_end(clip=0.5)
-        loop.check_norm(norm)
-    return loop.check()
-
-
-def clipped_gradients_can_be_read_and_edited(kind: Kind) -> float:
-    loop = Loop(kind)
-    for number in range(3):
-        loop.accelerator.backward(loop.loss(number))
-        loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.5)
-        for name, gradient in loop.gradients().items():
-            loop.set_gradient(name, gradient * 2)
-        loop.step()
-        loop.peer_loss(number).backward()
-        torch.nn.utils.clip_grad_norm_(loop.peer.parameters(), 0.5)
-        for parameter in loop.peer.parameters():
-            if parameter.grad is not None:
-                parameter.grad *= 2
-        loop.peer_end()
-    return loop.check()
-
-
-def reading_in_an_open_window_is_refused(kind: Kind) -> float:
-    if kind.stage == 0:  # where `parameter.grad` is an attribute
-        return 0.0
-    loop = Loop(kind, steps=2)
-    for number in range(2):
-        loop.accelerator.backward(loop.loss(number))
-        if number == 0:
-            with pytest.raises(UsageError, match="1 of 2 micro-batches"):
-                loop.gradients()
-        loop.step()
-    loop.peer_step(loop.peer_loss(0) / 2, loop.peer_loss(1) / 2)
-    return loop.check()
-
-
-# --- gradients that are not finite --------------------------------------------------------------------------------
-
-
-def a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(kind: Kind) -> float:
-    if kind.precision == "no":  # as PyTorch, which steps
-        return 0.0
-    loop = Loop(kind)
-    scheduler = loop.accelerator.prepare(torch.optim.lr_scheduler.StepLR(loop.optimizer, 100))
-    for number in range(3):
-        broken = number == 1 and loop.rank == 0
-        loop.accelerator.backward(loop.loss(number) * (float("inf") if broken else 1.0))
-        before = scheduler.scheduler.last_epoch
-        loop.optimizer.step()
-        scheduler.step()
-        loop.optimizer.zero_grad()
-        assert loop.optimizer.step_was_skipped is (number == 1)
-        assert (scheduler.scheduler.last_epoch == before) is (number == 1)
-        if number != 1:
-            loop.peer_step(loop.peer_loss(number))
-    return loop.check()
-
-
 SITUATIONS: list[Callable[[Kind], float]] = [
+    one_loss,
     two_losses_one_after_the_other,
     two_forwards_then_two_backwards,
     two_forwards_then_two_backwards_in_reverse,
+    two_forwards_and_one_loss,
     losses_of_two_heads,
     a_head_used_on_alternate_steps,
-    accumulation_with_two_losses,
+    a_plain_loss_backward,
+    a_parameter_without_dimensions,
+    a_graph_used_twice,
+    a_trunk_kept_for_a_second_head,
+    a_graph_of_two_engines_used_twice,
+    activations_computed_again,
+    evaluation_between_forward_and_backward,
+    evaluation_in_an_open_window,
     gradients_are_thrown_away_after_an_exception,
     an_exception_in_the_backward_pass_leaves_no_trace,
     one_backward_serves_two_engines,
     two_engines_alternate,
+    accumulation_with_two_losses,
+    a_short_last_window,
+    a_short_last_window_is_clipped_by_its_true_norm,
+    a_window_that_the_library_counts_goes_on_in_the_next_epoch,
+    windows_of_accumulate_end_with_the_epoch,
+    no_sync_around_all_but_the_last,
     the_token_weighted_recipe_of_the_guide,
     a_loss_weighted_in_one_line,
     a_weighted_loss_is_clipped_by_its_true_norm,
-    a_graph_used_twice,
-    a_trunk_kept_for_a_second_head,
-    gradients_can_be_read,
-    gradients_can_be_edited_before_a_clipped_step,
-    clipped_gradients_can_be_read_and_edited,
-    reading_in_an_open_window_is_refused,
-    a_gradient_that_is_not_finite_skips_the_step_on_all_ranks,
+    *gradients.SITUATIONS,
 ]
 
+# Where this library says no, with a clear error, instead of a wrong step.
+REFUSED: dict[str, Callable[[Kind], bool]] = {
+    # DeepSpeed has no hooks there, and fp16 needs its loss scaled.
+    "a_plain_loss_backward": lambda kind: kind.stage == 0 or kind.precision == "fp16",
+    # ZeRO's averages are final once they were read; `parameter.grad` of stage 0 is not.
+    "gradients_edited_and_then_more_is_backwarded": lambda kind: kind.stage > 0,
+    # The gradients would have to be read from the disk and written again.
+    "clipped_gradients_can_be_read_and_edited": lambda kind: kind.offload == "nvme",
+    "gradients_clamped_by_value": lambda kind: kind.offload == "nvme",
+}
 
-def failures(kind: Kind) -> dict[str, str]:
-    """The situations that went wrong, with how."""
-    found = {}
-    for situation in SITUATIONS:
-        try:
-            situation(kind)
-        except Exception:
-            found[situation.__name__] = traceback.format_exc(limit=-4)
-    return found
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a situation ended on a rank.
+
+    Attributes:
+        how: "right", "wrong", "refused" (an error of this library's own), "error", "not available".
+        distance: the largest difference, where there is a number.
+        text: what was said.
+    """
+
+    how: str
+    distance: float = math.nan
+    text: str = ""
+
+
+def outcome(kind: Kind, name: str) -> Outcome:
+    """Runs the situation of that name."""
+    situation = next(each for each in SITUATIONS if each.__name__ == name)
+    try:
+        return Outcome("right", situation(kind))
+    except NotAvailable as reason:
+        return Outcome("not available", text=str(reason))
+    except Wrong as error:
+        return Outcome("wrong", error.distance, traceback.format_exc(limit=-3))
+    except ZeroAccelError as error:
+        return Outcome("refused", text=f"{type(error).__name__}: {error}")
+    except Exception:
+        return Outcome("error", text=traceback.format_exc(limit=-6))

@@ -15,11 +15,11 @@ from zeroaccel.engine import compat
 from zeroaccel.errors import EnvironmentProblem
 
 ENGINE_ROOM = Path(zeroaccel.engine.__file__).parent
-DRIVERS = ("construction.py", "fragments.py", "gradients.py", "stepping.py")
+DRIVERS = ("construction.py", "deepspeed_masters.py", "fragments.py", "gradients.py", "stepping.py")
 HELD_IN = {"engine", "optimizer", "sharded", "wrapper", "swapper"}  # variables that hold objects of DeepSpeed
 PUBLIC = {
     *("backward", "device", "fp16_enabled", "gradient_accumulation_steps", "gradient_clipping", "loss_scale", "module"),
-    *("optimizer", "state", "step", "zero_grad", "zero_optimization_stage", "__dict__"),
+    *("optimizer", "param_groups", "state", "step", "zero_grad", "zero_optimization_stage", "__dict__"),
 }
 
 
@@ -72,7 +72,16 @@ def test_a_name_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_attribute_that_is_gone_is_named() -> None:
-    kind = type("BF16_Optimizer", (), {"bf16_groups": [], "clip_grad": 0, "mpu": None, "norm_type": 2})
-    engine = SimpleNamespace(optimizer=kind(), _config=None, _running_engine_backward=False, _running_engine_step=False)
+    present = (
+        "_hp_optimizer_states_linked",
+        "bf16_groups",
+        "clip_grad",
+        "fp32_groups_flat_partition",
+        "mpu",
+        "norm_type",
+        "real_dp_process_group",
+    )
+    kind = type("BF16_Optimizer", (), dict.fromkeys(present))
+    engine = SimpleNamespace(optimizer=kind(), **dict.fromkeys(compat.ENGINE_ATTRIBUTES))
     with pytest.raises(EnvironmentProblem, match=r"BF16_Optimizer\.fp32_groups_gradients_flat; install 'deepspeed"):
         compat.check_engine(engine)

@@ -144,8 +144,11 @@ def gradients_on_nvme(hidden: int, nvme_path: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-# 1024: every gradient begins at a block of the disk. 1300: DeepSpeed 0.19.8 alone trains on garbage.
-@pytest.mark.parametrize("hidden", [1024, 1300])
+# 1024, 1280: every gradient begins at a block of the disk. With the others DeepSpeed 0.19.8 alone trains on garbage.
+ON_DISK = [1024, 1300, *(pytest.param(hidden, marks=pytest.mark.full) for hidden in (1280, 1312, 1344))]
+
+
+@pytest.mark.parametrize("hidden", ON_DISK)
 def test_gradients_that_really_go_to_the_disk(hidden: int, ranks: RankPool, tmp_path: Path) -> None:
     model = wide_model(hidden)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)

@@ -22,6 +22,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "": ("_ENGINE_BACKWARD_GRAPH_TRACKER",),
         "DeepSpeedEngine": (
             "_backward_prologue",
+            "_backward_prologue_per_tensor",
             "_backward_epilogue",
             "_broadcast_model",
             "allreduce_gradients",
@@ -43,6 +44,8 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "get_param_id",
             "reset_cpu_buffers",
             "scaled_global_norm",
+            "update_lp_params",
+            "_lazy_init_hp_params_optimizer_state",
         ),
     },
     "deepspeed.runtime.zero.stage3": {
@@ -52,8 +55,14 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "_get_fp32_grad_state_partition",
             "_get_norm_groups",
             "_get_param_partition_rank",
+            "_optimizer_states_and_gradient_swap_in",
+            "_optimizer_states_and_gradient_swap_out",
+            "_reassign_or_swap_out_partitioned_parameters",
+            "_release_swap_buffers",
             "_swappable_optimizer_subgroup",
             "_writeback_swap_state",
+            "checkpoint_event_epilogue",
+            "checkpoint_event_prologue",
             "finalize_gradient_accumulation_boundary",
             "get_fp32_grad_for_param",
             "get_local_fp32_grad_for_param",
@@ -63,10 +72,24 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "update_fp32_grad_for_param_vectorized",
         ),
     },
-    "deepspeed.runtime.bf16_optimizer": {"BF16_Optimizer": ("get_grads_for_norm",)},
+    "deepspeed.runtime.bf16_optimizer": {
+        "BF16_Optimizer": ("get_grads_for_norm", "update_lp_params", "_lazy_init_hp_params_optimizer_state"),
+    },
     "deepspeed.runtime.fp16.fused_optimizer": {"FP16_Optimizer": ("initialize_optimizer_states",)},
     "deepspeed.runtime.fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": ("initialize_optimizer_states",)},
     "deepspeed.runtime.zero.partition_parameters": {"Init": ("_zero_init_param",)},
+    "deepspeed.ops.op_builder.builder": {
+        "": ("CUDAMismatchException", "MissingCUDAException", "assert_no_cuda_mismatch"),
+        "OpBuilder": ("_loaded_ops",),
+    },
+    "deepspeed.runtime.swap_tensor.partitioned_param_swapper": {
+        "": ("PartitionedParamStatus",),
+        "AsyncPartitionedParameterSwapper": (
+            "remove_partition_and_release_buffers",
+            "swap_in",
+            "swap_out_and_release",
+        ),
+    },
     "deepspeed.runtime.swap_tensor.optimizer_utils": {
         "OptimizerSwapper": ("_adjust_for_misaligned_lengths", "is_swappable_tensor"),
     },
@@ -74,7 +97,14 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 # The same for attributes that only instances have; of an optimizer, class -> (always, where it is offloaded)
-ENGINE_ATTRIBUTES = ("_config", "_running_engine_backward", "_running_engine_step")
+ENGINE_ATTRIBUTES = (
+    "basic_optimizer",
+    "mpu",
+    "pipeline_parallelism",
+    "_config",
+    "_running_engine_backward",
+    "_running_engine_step",
+)
 OPTIMIZER_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "DeepSpeedZeroOptimizer": (
         (
@@ -88,6 +118,10 @@ OPTIMIZER_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "params_already_reduced",
             "params_in_partition",
             "partition_gradients",
+            "_hp_optimizer_states_linked",
+            "real_dp_process_group",
+            "round_robin_bit16_groups",
+            "round_robin_bit16_offsets",
             "single_partition_of_fp32_groups",
             "use_grad_accum_attribute",
         ),
@@ -105,11 +139,24 @@ OPTIMIZER_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "micro_step_id",
             "params_already_reduced",
             "offload_optimizer",
+            "sub_group_to_group_id",
         ),
         ("_offload_boundary_param_ids", "norm_for_param_grads"),
     ),
-    "BF16_Optimizer": (("bf16_groups", "clip_grad", "fp32_groups_gradients_flat", "mpu", "norm_type"), ()),
-    "FP16_Optimizer": (("clip_grad",), ()),
+    "BF16_Optimizer": (
+        (
+            "_hp_optimizer_states_linked",
+            "bf16_groups",
+            "clip_grad",
+            "fp32_groups_flat_partition",
+            "fp32_groups_gradients_flat",
+            "mpu",
+            "norm_type",
+            "real_dp_process_group",
+        ),
+        (),
+    ),
+    "FP16_Optimizer": (("clip_grad", "fp16_groups", "fp32_groups_flat", "loss_scale_config"), ()),
     "FP16_UnfusedOptimizer": (("clip_grad", "fp16_groups", "fp32_groups", "loss_scale_config"), ()),
 }
 SWAPPER_ATTRIBUTES = ("numel_alignment",)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3, combine_grad_norm_groups
@@ -107,7 +108,13 @@ class _ZeroGradients(Gradients):
         self.optimizer.clear_backward_seen_flag()
         self.optimizer._backward_active_depth = 0
 
+    def _land(self) -> None:
+        """Gradients in host memory are there: DeepSpeed copies them from the device without waiting."""
+        if self.engine.zero_use_cpu_optimizer():
+            get_accelerator().synchronize()
+
     def clear(self) -> None:
+        self._land()
         super().clear()  # first: stage 3 cannot drop a gradient that a failed backward pass left on the CPU
         self.optimizer.zero_grad(set_to_none=True)
         for bucket in self.optimizer.ipg_buckets.values():  # what such a pass left unreduced
@@ -136,6 +143,7 @@ class Stage12Gradients(_ZeroGradients):
             return
         self.engine.set_gradient_accumulation_boundary(True)
         self.optimizer.finalize_gradient_accumulation_boundary()
+        self._land()
 
     def accumulated(self) -> Iterator[torch.Tensor]:
         if not self.optimizer.partition_gradients:
@@ -145,6 +153,7 @@ class Stage12Gradients(_ZeroGradients):
                     if gradient is not None:
                         yield gradient
         elif self.optimizer.cpu_offload:
+            self._land()
             yield from self.optimizer.accumulated_grads_in_cpu.values()
         else:
             for tensors in self.optimizer.all_grad_tensors.values():
@@ -268,8 +277,10 @@ class Stage3Gradients(_ZeroGradients):
                 parameter.ds_id for group in self.optimizer.fp16_groups for parameter in group
             }
         self.optimizer.finalize_gradient_accumulation_boundary()
+        self._land()
 
     def accumulated(self) -> Iterator[torch.Tensor]:
+        self._land()
         yield self.optimizer.grad_partitions_flat_buffer
 
     def reduced(self) -> Iterator[torch.Tensor]:

@@ -71,11 +71,12 @@ class Stepper:
 
     def _hook_engine(self) -> None:
         """Native `engine.backward`/`engine.step` keep DeepSpeed's meaning; `loss.backward()` is counted too."""
-        engine, own_prologue = self.engine, self.engine._backward_prologue
+        engine = self.engine
+        own_prologue, own_reach = engine._backward_prologue, engine._backward_prologue_per_tensor
 
         def native_backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             self._enter_native()
-            return DeepSpeedEngine.backward(engine, loss, *args, **kwargs)
+            return DeepSpeedEngine.backward(engine, loss * 0 if self._state.filler else loss, *args, **kwargs)
 
         def native_step(*args: Any, **kwargs: Any) -> Any:
             self._enter_native()
@@ -87,16 +88,21 @@ class Stepper:
             else:
                 self.zero_grad()
 
-        def prologue() -> None:
-            self._reached = True
+        def prologue() -> None:  # at the first gradient of a forward pass's outputs
             if not engine._running_engine_backward:
                 self._enter_torch_backward()
-            elif not self._native:
-                self._admit()
             own_prologue()
+
+        def reach(gradient: Any) -> Any:  # at each gradient of an output, also in a second pass through a kept graph
+            if not self._reached:
+                self._reached = True
+                if engine._running_engine_backward and not self._native:
+                    self._admit()
+            return own_reach(gradient * 0 if self._state.filler and gradient is not None else gradient)
 
         engine.backward, engine.step = native_backward, native_step
         engine.zero_grad, engine._backward_prologue = zero_grad, prologue
+        engine._backward_prologue_per_tensor = reach
 
     def _enter_native(self) -> None:
         if self.window.micro_batches:
@@ -268,6 +274,9 @@ class Stepper:
         if not real:
             return
         self._reduce()
+        if self._gradients.local and (clipping := float(self.engine.gradient_clipping() or 0.0)):
+            self.norm()  # DeepSpeed's own clipping fails there on a parameter without dimensions
+            self.clip_norm(clipping)
         self._refresh_norms()
         DeepSpeedEngine.step(self.engine)
         self.step_was_skipped = not self.engine.was_step_applied()
@@ -319,6 +328,8 @@ def backward(
         stepper._begin_backward(weighted=weight is not None)
     if len(steppers) == 1:
         steppers[0]._admit()
+    if steppers[0]._state.filler:  # this rank has no batch any more, but the others need it
+        loss, weight = loss * 0, None if weight is None else 0
     relative = None if weight is None else steppers[0]._weights.relative(weight)
     if relative is not None:
         loss = loss * relative

@@ -7,9 +7,10 @@ backward passes. docs/design.md holds the same rules as a table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from typing import Any
 
 from zeroaccel.errors import UsageError
 
@@ -136,6 +137,24 @@ class Window:
         self._new_micro_batch = True
         self._rescalable = True
         self.weight = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the open window is, as numbers and strings."""
+        return {
+            "micro_batches": self.micro_batches,
+            "steps_called": self.steps_called,
+            "cutter": self.cutter.name,
+            "outside": self._outside.name,
+            "rescalable": self._rescalable,
+            "weight": self.weight,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the window that `state_dict` described; the next backward pass is of a new micro-batch."""
+        self.micro_batches, self.steps_called = state["micro_batches"], state["steps_called"]
+        self.cutter, self._outside = Cutter[state["cutter"]], Cutter[state["outside"]]
+        self._rescalable, self.weight = state["rescalable"], state["weight"]
+        self._new_micro_batch, self._batch, self._closing = True, None, False
 
     @property
     def clears(self) -> bool:
