@@ -10,7 +10,13 @@ class ZeroAccelError(Exception):
 
 
 class ConfigError(ZeroAccelError, ValueError):
-    """What the user asked for cannot be: a wrong value, or values that contradict each other."""
+    """What the user asked for cannot be: a wrong value, or values that contradict each other.
+
+    Attributes:
+        problems: each of them, where there are several.
+    """
+
+    problems: Sequence[str] = ()
 
     @classmethod
     def join(cls, problems: Sequence[str]) -> ConfigError:
@@ -18,7 +24,9 @@ class ConfigError(ZeroAccelError, ValueError):
         if len(problems) == 1:
             return cls(problems[0])
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-        return cls(f"{len(problems)} problems in the configuration:\n{lines}")
+        error = cls(f"{len(problems)} problems in the configuration:\n{lines}")
+        error.problems = problems
+        return error
 
 
 class ConfigTypeError(ConfigError, TypeError):

@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SCRIPTS = Path(__file__).parent / "scripts"
 PROGRAMS = Path(sys.executable).parent
 ZEROACCEL_LAUNCH = (sys.executable, "-m", "zeroaccel", "launch")
 TIMEOUT = 90.0
-_OF_A_LAUNCHER = ("ZEROACCEL_", "ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMP_", "TORCHELASTIC_")
+OF_A_LAUNCHER = (
+    *("ZEROACCEL_", "ACCELERATE_", "OMP_", "TORCHELASTIC_", "SLURM_"),
+    *("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,13 @@ class Ended:
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """This process's environment without what a launcher sets, with this environment's programs on the path."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_LAUNCHER)}
+    """This process's environment without what a launcher sets, with this environment's programs on the path.
+
+    No launch configuration of this user's is found.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
     kept["PATH"] = f"{PROGRAMS}{os.pathsep}{kept['PATH']}"  # DeepSpeed looks for ninja there
-    return {**kept, **variables}
+    return {**kept, "ZEROACCEL_HOME": os.devnull, **variables}
 
 
 @contextmanager
@@ -100,9 +108,8 @@ def wait_until(condition: Any, what: str, seconds: float = TIMEOUT) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process."""
+    """Whether there is such a process; one that has ended and whose parent has not asked is none."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True

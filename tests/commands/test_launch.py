@@ -1,32 +1,21 @@
-"""Real runs of `zeroaccel launch` on two CPU ranks: what the script sees, and how a run ends."""
+"""Real runs of `zeroaccel launch` on one machine: what the script sees. How runs fail: test_failures.py."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from tests.commands.runs import (
     PROGRAMS,
     SCRIPTS,
     ZEROACCEL_LAUNCH,
-    Ended,
-    ended,
-    is_alive,
     reports,
     run,
-    started,
-    wait_until,
 )
 
 ON_TWO = (*ZEROACCEL_LAUNCH, "--cpu", "--num_processes", "2")
-FAIL = str(SCRIPTS / "fail.py")
 
 
 def test_every_option_reaches_the_accelerator_and_its_plugin(tmp_path: Path) -> None:
@@ -61,82 +50,38 @@ def test_every_option_reaches_the_accelerator_and_its_plugin(tmp_path: Path) -> 
             "zero3_save_16bit_model": True,
             "auto_policy": "accelerate",
         },
-        "bf16": {"enabled": True},
-        "zero_optimization": {
-            "stage": 3,
-            "offload_optimizer": {"device": "nvme", "nvme_path": f"{tmp_path}/optimizer"},
-            "offload_param": {"device": "nvme", "nvme_path": f"{tmp_path}/param"},
-            "stage3_gather_16bit_weights_on_model_save": True,
+        "config": {
+            "fp16": {"enabled": False},
+            "bf16": {"enabled": True},
+            "zero_optimization": {
+                "stage": 3,
+                "offload_optimizer": {"device": "nvme", "nvme_path": f"{tmp_path}/optimizer"},
+                "offload_param": {"device": "nvme", "nvme_path": f"{tmp_path}/param"},
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+            "gradient_clipping": 0.5,
+            "gradient_accumulation_steps": 4,
         },
     }
 
 
-def test_a_config_file_and_fp8_reach_the_accelerator_of_a_single_rank(tmp_path: Path) -> None:
-    config = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 3, "bf16": {"enabled": "auto"}}
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    options = ("--cpu", "--mixed_precision", "fp8", "--deepspeed_config_file", str(tmp_path / "ds.json"))
-    result = run((*ZEROACCEL_LAUNCH, *options, str(SCRIPTS / "report.py"), str(tmp_path)), tmp_path)
+def test_ranks_keep_to_their_cores_and_their_output_is_kept(tmp_path: Path) -> None:
+    options = ("--enable_cpu_affinity", "--tee", "1", "--log_dir", str(tmp_path / "logs"), "--role", "worker")
+    result = run((*ON_TWO, *options, str(SCRIPTS / "environ.py"), str(tmp_path)), tmp_path)
     assert result.status == 0, result.err
-    (report,) = reports(tmp_path, world_size=1)
-    assert (report["world_size"], report["mixed_precision"], report["accumulation"]) == (1, "fp8", 3)
-    assert (report["plugin"]["zero_stage"], report["bf16"]) == (1, {"enabled": True})
+    here = sorted(os.sched_getaffinity(0))
+    shares = [report["cores"] for report in reports(tmp_path)]
+    assert sorted(shares[0] + shares[1]) == here or len(here) == 1
+    assert "[worker0]:rank 0" in result.out
+    (log,) = (tmp_path / "logs").glob("*/attempt_0/1/stdout.log")
+    assert log.read_text() == "rank 1\n"
 
 
-def fail(how: str, folder: Path) -> Ended:
-    return run((*ON_TWO, FAIL, how, str(folder)), folder)
-
-
-def test_the_script_that_raises_is_told_once_with_its_rank(tmp_path: Path) -> None:
-    result = fail("raise", tmp_path)
-    assert result.status == 1
-    # Rank 0 fails, too, in its collective: the news is rank 1's exception.
-    assert result.err.count("Traceback (most recent call last)") == 1
-    assert result.err.count('raise ValueError("the loss is not a number")') == 1
-    assert "rank 1 of 2 failed first: ValueError: the loss is not a number (exit status 1)" in result.err
-    assert "launch_rank" not in result.err
-    assert "runpy" not in result.err
-
-
-def test_the_exit_status_is_the_scripts(tmp_path: Path) -> None:
-    result = fail("exit", tmp_path)
-    assert result.status == 3
-    assert result.err == "zeroaccel launch: rank 1 of 2 failed first: sys.exit(3) (exit status 3)\n"
-
-
-def test_a_rank_killed_by_the_system_is_named_before_those_that_miss_it(tmp_path: Path) -> None:
-    result = fail("kill", tmp_path)
-    pid = (tmp_path / "pid1").read_text()
-    assert result.status == 128 + signal.SIGKILL
-    assert f"zeroaccel launch: rank 1 of 2 failed first: killed by SIGKILL (pid {pid})" in result.err
-
-
-def ctrl_c(launcher: int) -> None:
-    os.killpg(launcher, signal.SIGINT)  # as a terminal does: launcher and ranks get it
-
-
-# How the launcher is ended, its exit status, what it says.
-ENDS: dict[str, tuple[Callable[[int], None], int, str]] = {
-    "ctrl-c": (ctrl_c, 128 + signal.SIGINT, "zeroaccel launch: SIGINT, all ranks were ended\n"),
-    "kill": (
-        lambda launcher: os.kill(launcher, signal.SIGTERM),
-        128 + signal.SIGTERM,
-        "zeroaccel launch: SIGTERM, all ranks were ended\n",
-    ),
-    "kill -9": (lambda launcher: os.kill(launcher, signal.SIGKILL), -signal.SIGKILL, ""),
-}
-
-
-@pytest.mark.parametrize("how", ENDS)
-def test_ending_the_launcher_leaves_no_rank_behind(how: str, tmp_path: Path) -> None:
-    end, status, told = ENDS[how]
-    with started((*ON_TWO, FAIL, "sleep", str(tmp_path)), tmp_path) as launcher:
-        files = [tmp_path / "pid0", tmp_path / "pid1"]
-        wait_until(lambda: all(file.exists() for file in files), "both ranks run the script")
-        ranks = [int(file.read_text()) for file in files]
-        end(launcher.pid)
-        result = ended(launcher, tmp_path)
-        assert (result.status, result.err) == (status, told)
-        wait_until(lambda: not any(is_alive(pid) for pid in ranks), "the ranks end", seconds=10)
+def test_a_program_is_run_without_python_and_started_again(tmp_path: Path) -> None:
+    shell = ("--no_python", "sh", "-c", 'test "$TORCHELASTIC_RESTART_COUNT" = 1 && echo "rank $RANK is up"')
+    result = run((*ON_TWO, "--max_restarts", "1", "--monitor_interval", "0.02", *shell), tmp_path)
+    assert result.status == 0, result.err
+    assert sorted(result.out.splitlines()) == ["rank 0 is up", "rank 1 is up"]
 
 
 def test_a_taken_port_is_said_and_replaced_and_a_module_is_started_by_its_name(tmp_path: Path) -> None:

@@ -10,30 +10,15 @@ from typing import Any
 import pytest
 
 from tests.commands.runs import SCRIPTS
-from zeroaccel.commands import launch
-from zeroaccel.commands.job import Job
+from tests.commands.settled import SCRIPT, elastic, job_of, nothing_launched
+from zeroaccel.commands.launch import launch_command, launch_command_parser
+from zeroaccel.commands.launch_options import parse
 from zeroaccel.commands.main import main
 from zeroaccel.config import environment
 from zeroaccel.config.plugin import DeepSpeedPlugin
 from zeroaccel.errors import ConfigError
 
-SCRIPT = str(SCRIPTS / "report.py")
-
-
-@pytest.fixture(autouse=True)
-def nothing_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of a launcher is set, and those that a test sets are gone afterwards."""
-    for rest in environment.FIELDS.values():
-        for prefix in (environment.PREFIX, environment.FALLBACK_PREFIX):
-            monkeypatch.delenv(prefix + rest, raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
-def job_of(options: str, devices: int = 0) -> Job:
-    """The job of a command line on a machine with so many GPUs."""
-    parsed = launch.parse([*options.split(), SCRIPT])
-    launch.check(parsed)
-    return launch.plan(parsed, devices)
+__all__ = ["nothing_launched"]  # a fixture for every test here
 
 
 def dashed(options: str) -> str:
@@ -92,7 +77,17 @@ EXPORTED = {
     "--num_machines 1 --machine_rank 0 --same_network --rdzv_backend static": {},
     "--dynamo_backend NO -q": {"ZEROACCEL_DYNAMO_BACKEND": "NO"},
     "--dynamo_backend inductor": {"ZEROACCEL_DYNAMO_BACKEND": "INDUCTOR"},
+    "--dynamo_mode max-autotune --dynamo_use_fullgraph": {
+        "ZEROACCEL_DYNAMO_MODE": "max-autotune",
+        "ZEROACCEL_DYNAMO_USE_FULLGRAPH": "true",
+    },
+    "--dynamo_use_dynamic --dynamo_use_regional_compilation": {
+        "ZEROACCEL_DYNAMO_USE_DYNAMIC": "true",
+        "ZEROACCEL_DYNAMO_USE_REGIONAL_COMPILATION": "true",
+    },
     "--quiet --rdzv_backend c10d": {},
+    "--enable_cpu_affinity": {"ZEROACCEL_CPU_AFFINITY": "true"},
+    "--max_restarts 2 --tee 3 --log_dir /logs --role worker --monitor_interval 5 --rdzv_conf timeout=9": {},
 }
 
 
@@ -100,7 +95,7 @@ EXPORTED = {
 @pytest.mark.parametrize("options", EXPORTED)
 def test_only_what_was_typed_is_handed_to_the_ranks(options: str, spelled: Any) -> None:
     exported = job_of(spelled(options)).environment
-    del exported["OMP_NUM_THREADS"]
+    del exported["OMP_NUM_THREADS"], exported["PYTHONPATH"]
     assert exported == EXPORTED[options]
 
 
@@ -119,7 +114,7 @@ RANKS = [
 
 @pytest.mark.parametrize(("options", "devices", "expected"), RANKS)
 def test_there_is_a_rank_for_each_gpu_unless_told_otherwise(options: str, devices: int, expected: int) -> None:
-    assert job_of(options, devices).num_processes == expected
+    assert elastic(options, devices).num_processes == expected
 
 
 def test_named_gpus_are_the_only_visible_ones() -> None:
@@ -134,13 +129,13 @@ def test_threads_are_the_ranks_share_of_the_cores_unless_the_user_says(monkeypat
     assert job_of("--num_cpu_threads_per_process 3").environment["OMP_NUM_THREADS"] == "3"
 
 
-def test_everything_after_the_script_is_the_scripts_own() -> None:
+def test_everything_after_the_script_is_the_scripts_own(capsys: pytest.CaptureFixture[str]) -> None:
     own = ("--zero_stage", "7", "--", "--cpu", "-m", "--unknown")
-    options = launch.parse(["--zero_stage", "1", SCRIPT, *own])
-    job = launch.plan(options, devices=0)
-    assert job.script_arguments == own
-    assert job.torchrun_arguments()[-len(own) - 1 :] == [SCRIPT, *own]
+    options = parse(["--zero_stage", "1", SCRIPT, *own])
+    assert (options.training_script, tuple(options.training_script_args)) == (SCRIPT, own)
     assert (options.zero_stage, options.cpu) == (1, None)
+    assert main(["launch", "--cpu", "--dry_run", SCRIPT, *own]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"launch_rank {SCRIPT} {' '.join(own)}")
 
 
 # What is typed in place of `--main_process_port ...`: how torchrun is told where to meet.
@@ -154,22 +149,23 @@ MEETING = {
 
 @pytest.mark.parametrize("options", MEETING)
 def test_the_ranks_meet_on_the_port_that_was_given_else_on_a_free_one(options: str) -> None:
-    arguments = job_of(options).torchrun_arguments()
-    assert arguments[3 : arguments.index("-m")] == MEETING[options]
+    arguments = elastic(options).torchrun_arguments()
+    assert arguments[1 : arguments.index("--nproc_per_node=1")] == MEETING[options]
 
 
 def test_dry_run_prints_variables_and_command_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--dry-run", "--cpu", "--num_processes", "2", "--offload_optimizer_nvme_path", "/my disk"]
     assert main(["launch", *options, "-m", "json.tool", "--sort keys"]) == 0
     *variables, command = capsys.readouterr().out.splitlines()
-    assert variables[1:] == [
+    assert variables[1].startswith("PYTHONPATH=")
+    assert variables[2:] == [
         "ZEROACCEL_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH='/my disk' \\",
         "ZEROACCEL_USE_CPU=true \\",
         "ZEROACCEL_USE_DEEPSPEED=true \\",
     ]
     assert variables[0].startswith("OMP_NUM_THREADS=")
     assert command == (
-        "torchrun --nnodes=1 --nproc_per_node=2 --max_restarts=0 --standalone --local_addr=127.0.0.1"
+        "torchrun --nnodes=1 --standalone --local_addr=127.0.0.1 --nproc_per_node=2 --max_restarts=0"
         " -m zeroaccel.commands.launch_rank -m json.tool '--sort keys'"
     )
 
@@ -194,7 +190,17 @@ REFUSED_COMMAND_LINES = {
     "launch nowhere.py": ["no script 'nowhere.py'", "seen from"],
     "launch -m no_such_package.train": ["no module 'no_such_package.train'"],
     f"launch {SCRIPTS.parent}": ["without a __main__.py", "name the script"],
-    f"launch --num_machines 2 {SCRIPT}": ["several machines", "--num_machines"],
+    f"launch --cpu --machine_rank 1 {SCRIPT}": ["--machine_rank is 1", "0 to 0"],
+    f"launch --cpu -m --no_python {SCRIPT}": ["-m", "--no_python", "leave one away"],
+    "launch --cpu --no_python no-such-program": ["no program 'no-such-program'", "PATH"],
+    f"launch --cpu --no_python {SCRIPT}": ["may not be executed", "chmod +x"],
+    f"launch --gpu_ids 0,,1 {SCRIPT}": ["--gpu_ids", "'0,,1'", "commas between"],
+    f"launch --tee 4 {SCRIPT}": ["--tee", "'4'", "3 (both)"],
+    f"launch --rdzv_conf timeout {SCRIPT}": ["--rdzv_conf", "'timeout'", "key=value"],
+    f"launch --max_restarts -1 {SCRIPT}": ["--max_restarts", "'-1'", "0 or more"],
+    f"launch --deepspeed_multinode_launcher rsh {SCRIPT}": ["rsh", "'pdsh'"],
+    f"launch --use_fsdp --fsdp_version 2 {SCRIPT}": ["--use_fsdp", "ZeRO stage 3 (--zero_stage 3)"],
+    f"launch --megatron-lm-tp-degree=2 {SCRIPT}": ["--megatron-lm-tp-degree", "Megatron-LM does not run here"],
     f"launch --dynamo_backend fast {SCRIPT}": ["'FAST'", "'INDUCTOR'"],
     f"launch --cpu --multi_gpu {SCRIPT}": ["--cpu", "--multi_gpu", "leave one side away"],
     f"launch --cpu --gpu_ids 0 {SCRIPT}": ["--cpu", "--gpu_ids", "leave one side away"],
@@ -261,3 +267,55 @@ def test_what_starts_no_rank_loads_no_torch(command: list[str]) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "loaded: []"
     assert len(result.stdout.splitlines()) > 1
+
+
+# What is typed: arguments of torch's launcher that it becomes.
+TORCHRUN = {
+    "": ["--max_restarts=0"],
+    "--max_restarts 2 --monitor_interval 0.5": ["--max_restarts=2", "--monitor_interval=0.5"],
+    "-t 0:1,1:3 --log_dir /logs --role x": ["--max_restarts=0", "--tee=0:1,1:3", "--role=x", "--log_dir=/logs"],
+    "--rdzv_conf timeout=5,is_host=0": ["--max_restarts=0", "--rdzv_conf=timeout=5,is_host=0"],
+}
+
+
+@pytest.mark.parametrize("options", TORCHRUN)
+def test_torchs_launcher_is_told(options: str) -> None:
+    command = elastic(options).command()
+    assert command[command.index("--nproc_per_node=1") + 1 : command.index("-m")] == TORCHRUN[options]
+
+
+def test_ranks_are_bound_to_the_cores_beside_their_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="--enable_cpu_affinity needs numactl"):
+        job_of("--enable_cpu_affinity", devices=1)
+    (tmp_path / "numactl").touch(mode=0o755)
+    job = elastic("--enable_cpu_affinity", devices=1)
+    assert "--numa_binding=node" in job.command()
+    assert "ZEROACCEL_CPU_AFFINITY" not in job.environment
+
+
+def test_scripts_import_from_the_folder_that_they_are_launched_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert job_of("--cpu").environment["PYTHONPATH"] == str(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"/first:{tmp_path}")
+    assert job_of("--cpu").environment["PYTHONPATH"] == f"/first:{tmp_path}"
+    monkeypatch.setenv("PYTHONPATH", "/first")
+    assert job_of("--cpu").environment["PYTHONPATH"] == f"/first:{tmp_path}"
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(
+        ConfigError, match=r"(?s)3 problems.*1\. there is no script.*2\. --cpu leaves.*3\. .*absent\.json"
+    ):
+        job_of("--cpu --multi_gpu --deepspeed_config_file absent.json", script="nowhere.py")
+
+
+def test_other_programs_launch_through_accelerates_names(capsys: pytest.CaptureFixture[str]) -> None:
+    args = launch_command_parser().parse_args(["--cpu", "--dry-run", SCRIPT, "--lr", "1"])
+    launch_command(args)
+    assert capsys.readouterr().out.rstrip().endswith(f"launch_rank {SCRIPT} --lr 1")
+    with pytest.raises(SystemExit):
+        launch_command_parser().parse_args(["--cpv", SCRIPT])
+    assert "did you mean --cpu?" in capsys.readouterr().err

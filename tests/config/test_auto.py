@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.config.facts import DUMMY, EVALUATION, MODEL, TRAINING, facts, plugin, scheduler
 from zeroaccel.config.auto import FAST_FLOORS, RULES, resolve
-from zeroaccel.config.document import HfDeepSpeedConfig, assign
+from zeroaccel.config.document import HfDeepSpeedConfig, assign, leaves
 from zeroaccel.config.facts import Facts, LoaderFact, ModelFact
 from zeroaccel.config.plugin import DeepSpeedPlugin
 from zeroaccel.errors import ConfigError
@@ -39,6 +39,7 @@ AUTO: list[tuple[str, dict[str, Any], Any, str]] = [
     (MICRO, {"loaders": (EVALUATION,)}, 2, "batch size 2"),
     (MICRO, {"world_size": 2, "split_batches": True}, 2, "split over 2 ranks"),
     (MICRO, {"loaders": (), "known_micro_batch_size": 7}, 7, "no loader"),
+    (MICRO, {"loaders": (), "implicit_plugin": True}, 1, "nobody configured DeepSpeed"),
     (TOTAL, {"world_size": 2, "accumulation_steps": 3}, 24, "4 (micro-batch) x 3 (accumulation) x 2 (ranks)"),
     (TOTAL, {"world_size": 2, "split_batches": True}, 4, "2 (micro-batch) x 1 (accumulation) x 2 (ranks)"),
     ("gradient_clipping", {}, 0.0, "nobody asked"),
@@ -184,3 +185,30 @@ def test_three_numbers_are_accepted_exactly_where_they_agree(
     else:
         with pytest.raises(ConfigError, match=rf"= {micro * steps * world_size}\n"):
             resolve(made, known)
+
+
+def zero_of(**zero: Any) -> dict[str, Any]:
+    """What DeepSpeed gets, in dotted keys, where the config says this of ZeRO; and fp16 switched off."""
+    config = resolve(plugin(zero, fp16={"enabled": "auto", "auto_cast": True}), facts()).config
+    return dict(leaves(config))
+
+
+def test_what_deepspeed_must_not_follow_is_kept_from_it_and_explained() -> None:
+    offloaded = zero_of(stage=2, offload_optimizer={"device": "cpu"})
+    assert offloaded["zero_force_ds_cpu_optimizer"] is False
+    assert "fp16.auto_cast" not in offloaded
+    assert "zero_force_ds_cpu_optimizer" not in zero_of(stage=2)
+    assert not [key for key in zero_of(stage=0, offload_optimizer={"device": "cpu"}) if "offload_optimizer" in key]
+    made = plugin({"offload_optimizer": {"device": "cpu"}})
+    (entry,) = [e for e in resolve(made, facts()).entries if e.key == "zero_force_ds_cpu_optimizer"]
+    assert (entry.value, entry.source) == (False, "rule")
+    assert "refuses even its own CPU Adagrad" in entry.reason
+
+
+def test_the_library_says_why_it_put_a_value() -> None:
+    (entry,) = [e for e in resolve(plugin(), facts()).entries if e.key == "steps_per_print"]
+    assert (entry.source, entry.reason) == ("rule", "DeepSpeed's progress lines stay off stdout")
+    made = plugin()
+    made.deepspeed_config["steps_per_print"] = 10
+    (entry,) = [e for e in resolve(made, facts()).entries if e.key == "steps_per_print"]
+    assert (entry.source, entry.reason) == ("deepspeed_config[...] of the script", "")

@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zeroaccel.config.document import HfDeepSpeedConfig, assign, leaves
+from zeroaccel.errors import ConfigError
 
 KEY = st.text("abcdefgh_", min_size=1, max_size=4)
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
@@ -92,6 +94,24 @@ def test_keys_inside_lists_and_texts_with_brackets_do_not_disturb_the_lines(tmp_
         "d.b": f"{path}:5",
         "b": str(path),
     }
+
+
+def test_a_key_of_a_file_knows_its_column_and_what_is_missing_the_place_of_its_section(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"a": 1,\n  "zero": {"stage": 2, "list": [{"x": 1}, 7, {"x": 2}]}}')
+    document = HfDeepSpeedConfig(path)
+    places = {key: tuple(document.place_of(key)) for key in ("a", "zero", "zero.stage", "zero.list.[1].x", "zero.no")}
+    assert places == {"a": (1, 2), "zero": (2, 3), "zero.stage": (2, 12), "zero.list.[1].x": (2, 47), "zero.no": (2, 3)}
+    assert document.place_of("no.such.key") == (1, 1)
+
+
+def test_all_keys_that_are_there_twice_are_told_with_their_places() -> None:
+    text = '{"a": 1, "b": {"c": 1,\n "c": 2}, "l": [{"d": 1}, {"d": 1, "d": 2}],\n"a": 3}'
+    with pytest.raises(ConfigError) as caught:
+        HfDeepSpeedConfig(text)
+    assert str(caught.value).count("is there twice in one section, first in line 1: keep one of them") == 2
+    for problem in ("JSON text:3:1: a is", "JSON text:2:2: b.c is", "JSON text:2:36: l.[1].d is"):
+        assert problem in str(caught.value)
 
 
 def test_stage_and_offload_are_read_again_on_request() -> None:

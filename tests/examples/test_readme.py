@@ -87,7 +87,7 @@ def test_launch_lines_are_understood() -> None:
     assert len(launches) == 3
     for arguments in launches:
         options = parse(arguments)
-        assert options.script == "train.py"
+        assert options.training_script == "train.py"
         assert options.deepspeed_config_file is None or (ROOT / options.deepspeed_config_file).exists()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from zeroaccel.config import environment
@@ -25,11 +26,21 @@ class OneLineParser(argparse.ArgumentParser):
         """Ends the program with the message."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As `ArgumentParser.parse_args`, but an unknown option ends the program with the nearest known one."""
+        options, unknown = self.parse_known_args(args, namespace)
+        self.refuse_unknown(unknown)
+        return options
+
     def refuse_unknown(self, unknown: list[str]) -> None:
         """Ends the program if options are left over, with the nearest known one."""
         if not unknown:
             return
         typed = unknown[0].partition("=")[0]
+        if not typed.startswith("-"):
+            self.error(f"{typed!r} is one argument too many, see `{self.prog} --help`")
         near = difflib.get_close_matches(typed.replace("-", "_").lstrip("_"), self.spellings, n=1)
         hint = f": did you mean --{near[0]}?" if near else f", see `{self.prog} --help`"
         self.error(f"unknown option {typed}{hint}")
@@ -68,6 +79,16 @@ def number(kind: Callable[[str], Number], lowest: Number, highest: Number | None
         return value
 
     return parse
+
+
+def count(text: str) -> int:
+    """A value type: a whole number such as 7000000000, 7e9, 350M or 7B."""
+    multiples = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)([KMBT]?)", text.replace("_", ""), flags=re.IGNORECASE)
+    value = round(float(match[1]) * multiples[match[2].upper()]) if match else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, write a number such as 350M, 7B or 7e9")
+    return value
 
 
 def boolean(text: str) -> bool:

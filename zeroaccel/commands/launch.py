@@ -1,246 +1,194 @@
-"""`zeroaccel launch`: what was typed becomes a job, and the job runs through torch's elastic launcher."""
+"""`zeroaccel launch`: what was typed, a launch configuration and SLURM become a job, and the job runs."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.machinery
+import importlib.util
 import os
+import shutil
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
-from zeroaccel.commands.arguments import OneLineParser, add_option, boolean, number
-from zeroaccel.commands.job import Job
+from zeroaccel.commands import launch_slurm
+from zeroaccel.commands.job import DEFAULT_PORT, ElasticJob, Job, Meeting, Script, ScriptKind
+from zeroaccel.commands.launch_options import DEEPSPEED_ONLY, RENDEZVOUS, launch_command_parser, parse
+from zeroaccel.commands.launch_settings import Settings, deepspeed_launcher, settle, tell
 from zeroaccel.config import environment
-from zeroaccel.config.document import HfDeepSpeedConfig
-from zeroaccel.config.types import DynamoBackend, PrecisionType
+from zeroaccel.config.precedence import FIELD_KEYS
 from zeroaccel.errors import ConfigError
 
-DEVICES = ("none", "cpu", "nvme")
-
-# Typing one of these without --use_deepspeed turns DeepSpeed on: they mean nothing without it.
-DEEPSPEED_ONLY = (
-    "zero_stage",
-    "gradient_clipping",
-    "offload_optimizer_device",
-    "offload_param_device",
-    "offload_optimizer_nvme_path",
-    "offload_param_nvme_path",
-    "zero3_init_flag",
-    "zero3_save_16bit_model",
-    "deepspeed_config_file",
-    "auto_policy",
-)
+__all__ = ["check", "fields", "launch_command", "launch_command_parser", "plan", "run"]
 
 
-def make_parser() -> OneLineParser:
-    """The parser of `zeroaccel launch`. Every option that was not typed is None."""
-    parser = OneLineParser(
-        prog="zeroaccel launch",
-        usage="zeroaccel launch [options] SCRIPT [script arguments]",
-        description="Start SCRIPT on every device of this machine. Options work with dashes, too.",
-    )
-    _add_hardware_options(parser)
-    _add_meeting_options(parser)
-    _add_training_options(parser)
-    _add_deepspeed_options(parser)
-    parser.add_argument("script", metavar="SCRIPT", help="Python file, or with -m the name of a module")
-    rest = parser.add_argument("script_arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    rest.required = False  # Python 3.11 names it beside SCRIPT where only SCRIPT is missing
-    return parser
+def run(argv: Sequence[str]) -> int:
+    """Runs `zeroaccel launch`; returns the exit status of the rank that failed first, or 0."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # A KeyboardInterrupt inside torch's imports gets lost in an `except` of theirs; there is nothing to end yet.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    return _launch(parse(argv))
 
 
-def _add_hardware_options(parser: OneLineParser) -> None:
-    group = parser.add_argument_group("processes and devices")
+def launch_command(args: argparse.Namespace) -> None:
+    """Runs what `launch_command_parser()` has read.
 
-    def add(*names: str, **kwargs: object) -> None:
-        add_option(parser, group, *names, **kwargs)
-
-    add("--cpu", "--use_cpu", action="store_true", help="stay on the CPU even if there are GPUs")
-    add("--multi_gpu", action="store_true", help="insist on GPUs: never fall back to the CPU")
-    add("--gpu_ids", metavar="IDS", help="GPUs to use, as in CUDA_VISIBLE_DEVICES: 0,1 (default: all)")
-    add("--num_processes", type=number(int, 1), metavar="N", help="ranks (default: one a GPU; 1 on a CPU)")
-    add(
-        "--num_cpu_threads_per_process",
-        type=number(int, 1),
-        metavar="N",
-        help="OMP_NUM_THREADS of each rank (default: the cores divided by the ranks)",
-    )
-    add("-m", "--module", action="store_true", dest="module", help="SCRIPT is a module, as in `python -m`")
-    add("--debug", action="store_true", help="sets `PartialState().debug` in the script")
-    add("--dry_run", action="store_true", help="print the environment and the command, start nothing")
-    add("-q", "--quiet", action="store_true", dest="quiet", help="nothing to silence: a failure is told once anyway")
+    Raises:
+        ConfigError: what was asked for cannot start.
+        SystemExit: a rank failed; with its exit status.
+    """
+    if status := _launch(args):
+        raise SystemExit(status)
 
 
-def _add_meeting_options(parser: OneLineParser) -> None:
-    group = parser.add_argument_group("where the ranks meet")
-
-    def add(*names: str, **kwargs: object) -> None:
-        add_option(parser, group, *names, **kwargs)
-
-    add("--num_machines", type=number(int, 1), metavar="N", help="machines; only 1 so far")
-    add("--machine_rank", type=number(int, 0), metavar="N", help="which of the machines this is, from 0")
-    add("--main_process_ip", metavar="ADDRESS", help="address of rank 0 (default: 127.0.0.1)")
-    add(
-        "--main_process_port",
-        type=number(int, 0, 65535),
-        metavar="PORT",
-        help="port that the ranks meet on; if it is taken, a free one (default: a free one)",
-    )
-    add("--rdzv_backend", choices=("static", "c10d"), help="the same on one machine: the launcher is the meeting place")
-    add("--same_network", action="store_true", help="always so on one machine")
+def _launch(typed: argparse.Namespace) -> int:
+    settings = settle(typed)
+    check(settings)
+    tell(settings)
+    job = plan(settings, _count_devices(settings))
+    if settings.options.dry_run:
+        print(job.describe())
+        return 0
+    return job.run()
 
 
-def _add_training_options(parser: OneLineParser) -> None:
-    group = parser.add_argument_group("training")
-
-    def add(*names: str, **kwargs: object) -> None:
-        add_option(parser, group, *names, **kwargs)
-
-    add(
-        "--mixed_precision",
-        type=str.lower,
-        choices=PrecisionType.list(),
-        help="number format of the forward pass",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=number(int, 1),
-        metavar="N",
-        help="micro-batches an optimizer step",
-    )
-    add(
-        "--dynamo_backend",
-        type=str.upper,
-        choices=DynamoBackend.list(),
-        metavar="NAME",
-        help="compile models with this backend of torch.compile (default: no)",
-    )
+# --- what cannot start ----------------------------------------------------------------------------------------------
 
 
-def _add_deepspeed_options(parser: OneLineParser) -> None:
-    group = parser.add_argument_group("DeepSpeed", "Each of these turns DeepSpeed on.")
-
-    def add(*names: str, **kwargs: object) -> None:
-        add_option(parser, group, *names, **kwargs)
-
-    add(
-        "--use_deepspeed",
-        action="store_true",
-        help="train through DeepSpeed (ZeRO stage 2 unless told otherwise)",
-    )
-    add(
-        "--zero_stage",
-        type=number(int, 0, 3),
-        metavar="0-3",
-        help="1 splits optimizer states, 2 gradients, 3 weights",
-    )
-    add("--gradient_clipping", type=number(float, 0.0), metavar="NORM", help="largest gradient norm; 0 is off")
-    add("--offload_optimizer_device", type=str.lower, choices=DEVICES, help="where optimizer states live")
-    add("--offload_param_device", type=str.lower, choices=DEVICES, help="where stage 3 keeps parameters")
-    add("--offload_optimizer_nvme_path", metavar="FOLDER", help="for optimizer states on NVMe")
-    add("--offload_param_nvme_path", metavar="FOLDER", help="for parameters on NVMe")
-    add("--zero3_init_flag", type=boolean, metavar="true|false", help="build models already split (stage 3)")
-    add(
-        "--zero3_save_16bit_model",
-        type=boolean,
-        metavar="true|false",
-        help="gather 16-bit weights on saving (stage 3)",
-    )
-    add("--deepspeed_config_file", metavar="FILE", help="DeepSpeed JSON configuration")
-    add(
-        "--auto_policy",
-        choices=("fast", "accelerate"),
-        help="numbers for `auto` buckets: ours, or Accelerate's",
-    )
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line; ends the program with one line and status 2 where it makes no sense."""
-    parser = make_parser()
-    options, unknown = parser.parse_known_args(argv)
-    parser.refuse_unknown(unknown)
-    return options
-
-
-def typed_fields(options: argparse.Namespace) -> dict[str, object]:
-    """The typed ones of `environment.FIELDS`, and `use_deepspeed` where one of them implies it."""
-    given = vars(options)
-    fields = {name: given[name] for name in environment.FIELDS if given.get(name) is not None}
-    if any(name in fields for name in DEEPSPEED_ONLY):
-        fields["use_deepspeed"] = True
-    return fields
-
-
-def check(options: argparse.Namespace) -> None:
+def check(settings: Settings) -> None:
     """Refuses what cannot start, whatever the machine.
 
     Raises:
-        ConfigError: a missing script, module or DeepSpeed config, options that contradict each other, or something
-            that this version cannot do.
+        ConfigError: all that is missing or contradicts itself, at once.
     """
-    if (options.num_machines or 1) > 1 or (options.machine_rank or 0) > 0:
-        raise ConfigError("several machines are not supported yet: leave --num_machines and --machine_rank away")
+    options = settings.options
+    problems = _script_problems(options)
     if options.cpu and (options.multi_gpu or _gpu_ids(options)):
-        raise ConfigError("--cpu leaves the GPUs alone, --multi_gpu and --gpu_ids ask for some: leave one side away")
-    _check_script(options.script, bool(options.module))
-    if options.deepspeed_config_file is not None:
-        try:
-            HfDeepSpeedConfig(options.deepspeed_config_file)
-        except ConfigError as error:
-            raise ConfigError(f"--deepspeed_config_file: {error}") from None
+        asked = settings.given("multi_gpu", "gpu_ids")
+        problems.append(f"{settings.name('cpu')} leaves the GPUs alone, {asked} asks for some: leave one side away")
+    if options.rdzv_backend not in (None, *RENDEZVOUS):
+        problems.append(
+            f"{settings.name('rdzv_backend')} is {options.rdzv_backend!r}: write one of {', '.join(RENDEZVOUS)}"
+        )
+    try:
+        _check_plugin(settings)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError.join(problems)
 
 
-def _check_script(script: str, module: bool) -> None:
-    if module:
+def _script_problems(options: argparse.Namespace) -> list[str]:
+    script = options.training_script
+    if options.module and options.no_python:
+        return ["-m runs a Python module, --no_python a program that is none: leave one away"]
+    if options.no_python:
+        if shutil.which(script) is None:
+            return [f"there is no program {script!r} on the PATH, or it may not be executed (chmod +x)"]
+    elif options.module:
         top = script.partition(".")[0]
-        if importlib.machinery.PathFinder.find_spec(top, [os.getcwd(), *sys.path]) is None:
-            raise ConfigError(f"there is no module {script!r}: is it installed, or in this folder?")
+        here = importlib.machinery.PathFinder.find_spec(top, [os.getcwd()])
+        if here is None and importlib.util.find_spec(top) is None:
+            return [f"there is no module {script!r}: is it installed, or in this folder?"]
     elif os.path.isdir(script) and not os.path.exists(os.path.join(script, "__main__.py")):
-        raise ConfigError(f"{script!r} is a folder without a __main__.py: name the script in it")
+        return [f"{script!r} is a folder without a __main__.py: name the script in it"]
     elif not os.path.exists(script):
-        raise ConfigError(f"there is no script {script!r} (seen from {os.getcwd()})")
+        return [f"there is no script {script!r} (seen from {os.getcwd()})"]
+    return []
 
 
-def _gpu_ids(options: argparse.Namespace) -> str | None:
-    """The GPUs that were named, None for all."""
-    return None if options.gpu_ids in (None, "all") else str(options.gpu_ids)
+def _check_plugin(settings: Settings) -> None:
+    """Makes the plugin as every rank will, so that what it refuses is refused before anything starts."""
+    asked = fields(settings)
+    if not asked.get("use_deepspeed"):
+        return
+    # Here, for what is not needed costs time at each launch.
+    from zeroaccel.config.env_patch import patch_environment
+    from zeroaccel.config.plugin import DeepSpeedPlugin
+
+    with patch_environment(**environment.exports(asked)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the ranks say them
+        try:
+            DeepSpeedPlugin()
+        except ConfigError as error:
+            place = settings.given("deepspeed_config_file")
+            raise ConfigError(f"{place}: {error}" if place else str(error)) from None
 
 
-def plan(options: argparse.Namespace, devices: int) -> Job:
+# --- what starts ----------------------------------------------------------------------------------------------------
+
+
+def plan(settings: Settings, devices: int) -> Job:
     """The job that the options describe.
 
     Args:
-        options: what `parse` read.
-        devices: GPUs that the ranks will see; 0 to stay on the CPU.
+        settings: the options.
+        devices: GPUs that the ranks of this machine will see; 0 to stay on the CPU.
 
     Raises:
-        ConfigError: more ranks than GPUs, or none where they were asked for.
+        ConfigError: machines, ranks or GPUs that do not fit together.
     """
-    gpu_ids = _gpu_ids(options)
-    if devices == 0 and (options.multi_gpu or gpu_ids):
-        asked = f"--gpu_ids {gpu_ids}" if gpu_ids else "--multi_gpu"
-        raise ConfigError(f"{asked}, but no GPU is visible: leave it away to train on the CPU")
-    named = len(gpu_ids.split(",")) if gpu_ids else devices
-    num_processes = options.num_processes or max(named, 1)
-    if 0 < devices < num_processes:
-        raise ConfigError(
-            f"{num_processes} ranks, but {devices} GPU(s) are visible: ask for --num_processes {devices}, or add --cpu"
-        )
-    variables = environment.exports(typed_fields(options))
-    if options.num_cpu_threads_per_process or "OMP_NUM_THREADS" not in os.environ:
-        threads = options.num_cpu_threads_per_process or max(1, _cores() // num_processes)
-        variables["OMP_NUM_THREADS"] = str(threads)
-    if gpu_ids:
-        variables["CUDA_VISIBLE_DEVICES"] = gpu_ids
-    return Job(
-        script=options.script,
-        script_arguments=tuple(options.script_arguments),
-        module=bool(options.module),
-        num_processes=num_processes,
-        address=options.main_process_ip or "127.0.0.1",
-        port=options.main_process_port or None,
+    script, variables = _script(settings.options), _variables(settings)
+    if launcher := deepspeed_launcher(settings):
+        from zeroaccel.commands import launch_deepspeed
+
+        return launch_deepspeed.plan(settings, launcher, script, variables)
+    if settings.step is not None and settings.step.task_is_rank:
+        return launch_slurm.plan(settings, settings.step, script, variables)
+    meeting = _meeting(settings)
+    ranks = _local_ranks(settings, meeting.nodes, devices)
+    _share_cores(settings.options, variables, ranks)
+    if settings.options.enable_cpu_affinity and devices == 0:
+        variables |= environment.exports({"cpu_affinity": True})
+    options = settings.options
+    return ElasticJob(
+        script=script,
         environment=variables,
+        num_processes=ranks,
+        meeting=meeting,
+        options=_torchrun_options(settings, devices),
+        log_dir=options.log_dir,
+        keep_logs=options.tee not in (None, "0"),
     )
+
+
+def _script(options: argparse.Namespace) -> Script:
+    kind: ScriptKind = "module" if options.module else "program" if options.no_python else "file"
+    return Script(options.training_script, tuple(options.training_script_args), kind)
+
+
+def fields(settings: Settings) -> dict[str, object]:
+    """Those of `environment.FIELDS` that somebody gave, and `use_deepspeed` where one of them implies it."""
+    options = vars(settings.options)
+    given = {name: options[name] for name in environment.FIELDS if options.get(name) is not None}
+    if any(name in given for name in DEEPSPEED_ONLY):
+        given["use_deepspeed"] = True
+    if given.get("mixed_precision") == "no" and not settings.typed("mixed_precision"):
+        del given["mixed_precision"]  # each configuration has it, so that it is nobody's wish
+    beside = [name for name in (*FIELD_KEYS, "mixed_precision") if name in settings.places]
+    if given.get("use_deepspeed") and beside:
+        given["deepspeed_fields_from_config"] = ",".join(beside)
+    return given
+
+
+def _variables(settings: Settings) -> dict[str, str]:
+    """The variables that every rank gets, on whatever machine and in whatever number."""
+    variables = environment.exports(fields(settings))
+    # As under `accelerate launch`: scripts import from the folder that they are launched from.
+    path = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), os.getcwd()]
+    variables["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, path)))
+    if gpu_ids := _gpu_ids(settings.options):
+        variables["CUDA_VISIBLE_DEVICES"] = gpu_ids
+    if threads := settings.options.num_cpu_threads_per_process:
+        variables["OMP_NUM_THREADS"] = str(threads)
+    return variables
+
+
+def _share_cores(options: argparse.Namespace, variables: dict[str, str], ranks: int) -> None:
+    """Gives each rank its share of the threads, where the user has not chosen."""
+    if "OMP_NUM_THREADS" not in variables and "OMP_NUM_THREADS" not in os.environ:
+        variables["OMP_NUM_THREADS"] = str(max(1, _cores() // ranks))
 
 
 def _cores() -> int:
@@ -248,24 +196,96 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _count_devices(options: argparse.Namespace) -> int:
-    if options.cpu:
+def _gpu_ids(options: argparse.Namespace) -> str | None:
+    """The GPUs that were named, None for all."""
+    return None if options.gpu_ids in (None, "all") else str(options.gpu_ids)
+
+
+def _meeting(settings: Settings) -> Meeting:
+    """Where the ranks meet.
+
+    Raises:
+        ConfigError: all that several machines would have to know of each other.
+    """
+    options = settings.options
+    nodes, node, address, port = (
+        getattr(options, name) for name in ("num_machines", "machine_rank", "main_process_ip", "main_process_port")
+    )
+    nodes = nodes or 1
+    backend = options.rdzv_backend or "static"
+    problems = []
+    if node is not None and node >= nodes:
+        problems.append(
+            f"{settings.name('machine_rank')} is {node}, but machines are numbered from 0 to {nodes - 1}: write"
+            f" --num_machines, or another rank"
+        )
+    if nodes > 1 and address is None:
+        problems.append(f"{nodes} machines need --main_process_ip, the address of machine 0")
+    if nodes > 1 and port == 0:
+        problems.append(f"{settings.name('main_process_port')} is 0, but {nodes} machines cannot guess a free port")
+    if nodes > 1 and node is None and backend == "static":
+        problems.append(f"which of the {nodes} machines is this? Write --machine_rank, 0 to {nodes - 1}")
+    if problems:
+        raise ConfigError.join(problems)
+    if nodes == 1:
+        return Meeting(address or "127.0.0.1", port or None)
+    return Meeting(address, port or DEFAULT_PORT, nodes, node, backend)
+
+
+def _local_ranks(settings: Settings, nodes: int, devices: int) -> int:
+    """Ranks to start on this machine."""
+    options, gpu_ids = settings.options, _gpu_ids(settings.options)
+    if devices == 0 and (options.multi_gpu or gpu_ids):
+        asked = settings.given("gpu_ids" if gpu_ids else "multi_gpu") + (f" {gpu_ids}" if gpu_ids else "")
+        raise ConfigError(f"{asked}, but no GPU is visible: leave it away to train on the CPU")
+    total = options.num_processes
+    if total is not None and total % nodes:
+        raise ConfigError(
+            f"{settings.name('num_processes')} is {total}, the ranks of all {nodes} machines together: write a multiple"
+            f" of {nodes}"
+        )
+    ranks = total // nodes if total else max(len(gpu_ids.split(",")) if gpu_ids else devices, 1)
+    if 0 < devices < ranks:
+        raise ConfigError(
+            f"{ranks} ranks, but {devices} GPU(s) are visible: ask for --num_processes {devices * nodes}, or add --cpu"
+        )
+    return ranks
+
+
+def _torchrun_options(settings: Settings, devices: int) -> tuple[str, ...]:
+    """What else torch's launcher is told.
+
+    Raises:
+        ConfigError: the machine has not what an option needs.
+    """
+    options = settings.options
+    arguments = [f"--max_restarts={options.max_restarts or 0}"]
+    for name in ("monitor_interval", "tee", "role", "rdzv_conf"):
+        if (value := getattr(options, name)) is not None:
+            arguments.append(f"--{name}={value}")
+    if options.enable_cpu_affinity and devices > 0:
+        if shutil.which("numactl") is None:
+            raise ConfigError(
+                f"{settings.name('enable_cpu_affinity')} needs numactl to bind ranks to the cores beside their GPU:"
+                " install it (apt-get install numactl), or leave the option away"
+            )
+        arguments.append("--numa_binding=node")
+    return tuple(arguments)
+
+
+def _count_devices(settings: Settings) -> int:
+    """GPUs of this machine; 0 where nobody has to know."""
+    rank_of_slurm = settings.step is not None and settings.step.task_is_rank
+    if settings.options.cpu or rank_of_slurm or deepspeed_launcher(settings):
         return 0
-    if gpu_ids := _gpu_ids(options):
+    if gpu_ids := _gpu_ids(settings.options):
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_ids  # before torch counts
     from zeroaccel.commands import launch_elastic
 
     return launch_elastic.device_count()
 
 
-def run(argv: Sequence[str]) -> int:
-    """Runs `zeroaccel launch`; returns the exit status of the rank that failed first, or 0."""
-    options = parse(argv)
-    check(options)
-    job = plan(options, _count_devices(options))
-    if options.dry_run:
-        print(job.describe())
-        return 0
-    from zeroaccel.commands import launch_elastic
+if __name__ == "__main__":
+    from zeroaccel.commands.main import main
 
-    return launch_elastic.run(job)
+    sys.exit(main(["launch", *sys.argv[1:]]))

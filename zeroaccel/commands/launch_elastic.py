@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
-import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 
-from zeroaccel.commands.job import Job
-
-# Signals that other ranks' ends bring about: the launcher's own, and the abort of a communication library.
-_CONSEQUENCES = (signal.SIGTERM, signal.SIGINT, signal.SIGABRT)
+from zeroaccel.commands import launch_failures
+from zeroaccel.commands.job import ElasticJob, Meeting
+from zeroaccel.errors import ConfigError
 
 
 def device_count() -> int:
@@ -28,27 +29,70 @@ def device_count() -> int:
     return torch.cuda.device_count()
 
 
-def run(job: Job) -> int:
-    """Starts the ranks and waits for them.
+def run(job: ElasticJob) -> int:
+    """Starts the ranks of this machine and waits for them.
 
     Returns:
         0; or the exit status of the rank that failed first (128 + signal, if one killed it); or 128 + the
-        signal that ended the launcher itself, after it has ended all ranks.
+        signal that ended the launcher itself, after it has ended all ranks; or 1 if the machines did not meet.
+
+    Raises:
+        ConfigError: the ranks cannot meet at this address, or on this port.
     """
     _quieten()
     os.environ.update(job.environment)
-    if job.port is not None and _is_taken(job.address, job.port):
-        print(f"zeroaccel launch: port {job.port} is taken, the ranks meet on a free one", file=sys.stderr)
-        job = dataclasses.replace(job, port=None)
-    with tempfile.TemporaryDirectory(prefix="zeroaccel-launch-") as log_dir:
+    job = dataclasses.replace(job, meeting=reachable(job.meeting))
+    with _log_folder(job) as log_dir:
+        arguments = torchrun.parse_args(job.torchrun_arguments(log_dir))  # type: ignore[no-untyped-call]
         try:
-            torchrun.run(torchrun.parse_args(job.torchrun_arguments(log_dir)))  # type: ignore[no-untyped-call]
-        except ChildFailedError as error:
-            return explain(error, job.num_processes)
-        except SignalException as stop:
-            print(f"zeroaccel launch: {stop.sigval.name}, all ranks were ended", file=sys.stderr)
-            return 128 + stop.sigval.value
-    return 0
+            return launch_failures.supervise(lambda: torchrun.run(arguments), job, log_dir)  # type: ignore[no-untyped-call]
+        except (RendezvousError, DistError) as error:
+            where, reason = f"{job.meeting.address}:{job.meeting.port}", str(error).splitlines()[0]
+            print(f"zeroaccel launch: the machines did not meet at {where}: {reason}", file=sys.stderr)
+            return 1
+
+
+def reachable(meeting: Meeting) -> Meeting:
+    """The same meeting, on a free port where the given one is taken and nobody else has to know."""
+    if meeting.port is None or (meeting.nodes > 1 and meeting.node != 0):
+        return meeting
+    # Machine 0 of several may be known to the others under an address that it does not see itself.
+    failure = _try_port(meeting.address if meeting.nodes == 1 else "", meeting.port)
+    if failure is None:
+        return meeting
+    if failure.errno == errno.EADDRINUSE and meeting.nodes == 1:
+        print(f"zeroaccel launch: port {meeting.port} is taken, the ranks meet on a free one", file=sys.stderr)
+        return dataclasses.replace(meeting, port=None)
+    if failure.errno == errno.EADDRINUSE:
+        raise ConfigError(f"port {meeting.port} is taken here: write another --main_process_port on all machines")
+    raise ConfigError(
+        f"the ranks cannot meet at {meeting.address}:{meeting.port}, which is no address of this machine:"
+        f" leave --main_process_ip away ({failure.strerror})"
+    )
+
+
+def _try_port(address: str, port: int) -> OSError | None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store binds: TIME_WAIT is free
+        try:
+            probe.bind((address, port))
+        except OSError as failure:
+            return failure
+    return None
+
+
+@contextmanager
+def _log_folder(job: ElasticJob) -> Iterator[str]:
+    """The folder for the ranks' logs and error files."""
+    if job.log_dir is not None:
+        yield job.log_dir
+    elif job.keep_logs:
+        folder = tempfile.mkdtemp(prefix="zeroaccel-logs-")
+        print(f"zeroaccel launch: the ranks' output is kept in {folder}", file=sys.stderr)
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="zeroaccel-launch-") as folder:
+            yield folder
 
 
 def _quieten() -> None:
@@ -58,49 +102,3 @@ def _quieten() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def _is_taken(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store binds: TIME_WAIT is free
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return True
-    return False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Failure:
-    rank: int
-    status: int  # as the shell counts: 128 + signal
-    text: str
-    time_ns: int  # 0: a sudden end, which no other rank's end brings about
-    ended_by_launcher: bool = False
-
-
-def explain(error: ChildFailedError, num_processes: int) -> int:
-    """Says on stderr which rank failed first and how; returns its exit status."""
-    failures = sorted(
-        (_read(rank, failure) for rank, failure in error.failures.items()), key=lambda failure: failure.time_ns
-    )
-    told = [failure for failure in failures if not failure.ended_by_launcher] or failures
-    first, *later = told
-    print(f"zeroaccel launch: rank {first.rank} of {num_processes} failed first: {first.text}", file=sys.stderr)
-    for failure in later:
-        print(f"zeroaccel launch: rank {failure.rank} failed after it: {failure.text}", file=sys.stderr)
-    return first.status
-
-
-def _read(rank: int, failure: ProcessFailure) -> _Failure:
-    report = failure.error_file_data
-    if "time_ns" in report:  # its own account, even if the launcher ended it before it was through
-        status = report["status"]
-        return _Failure(rank, status, f"{report['message']['message']} (exit status {status})", report["time_ns"])
-    if failure.exitcode > 0:
-        status = failure.exitcode
-        return _Failure(rank, status, f"it ended with exit status {status} and no exception", 0)
-    number = -failure.exitcode
-    text = f"killed by {failure.signal_name()} (pid {failure.pid})"
-    time_ns = sys.maxsize if number in _CONSEQUENCES else 0
-    return _Failure(rank, 128 + number, text, time_ns, ended_by_launcher=number == signal.SIGTERM)

@@ -7,6 +7,7 @@ them consequences ("connection closed by peer"), are only noted. Notes lie in to
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import runpy
@@ -15,31 +16,53 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from types import TracebackType
 
 _OWN_FRAMES = (__file__, runpy.__file__, "<frozen runpy>")
 _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs `[-m] script arguments...`."""
+    """Runs `[-m | --no_python] script arguments...`.
+
+    Raises:
+        SystemExit: the script's own, or one with status 1 (after Ctrl-C 130) after another exception.
+    """
     _die_with_launcher()
-    sys.excepthook = _report
-    module = argv[0] == "-m"
-    script, *arguments = argv[1:] if module else argv
+    if "ZEROACCEL_CPU_AFFINITY" in os.environ:  # the launcher's word to us, environment.FIELDS["cpu_affinity"]
+        _keep_to_own_cores()
+    flag = argv[0] if argv[0] in ("-m", "--no_python") else None
+    script, *arguments = argv[1:] if flag else argv
+    if flag == "--no_python":
+        _become(script, arguments)
+    _note_crashes()
     sys.argv = [script, *arguments]
     try:
-        if module:
-            runpy.run_module(script, run_name="__main__", alter_sys=True)
-        else:
-            path = os.path.abspath(script)
-            if not getattr(sys.flags, "safe_path", False):
-                sys.path[0] = os.path.dirname(os.path.realpath(path))
-            runpy.run_path(path, run_name="__main__")
+        _run(script, module=flag == "-m")
     except SystemExit as stop:
-        if stop.code not in (None, 0):
-            _note(f"sys.exit({stop.code!r})", "", stop.code if isinstance(stop.code, int) else 1)
-        raise
+        _leave(stop)
+    except KeyboardInterrupt:  # the launcher says so
+        _note("KeyboardInterrupt", "", status=128 + signal.SIGINT)
+        sys.exit(128 + signal.SIGINT)
+    except BaseException as error:
+        _report(error)
+        sys.exit(1)
+
+
+def _become(program: str, arguments: list[str]) -> None:
+    try:
+        os.execvp(program, [program, *arguments])
+    except OSError as error:
+        sys.exit(f"zeroaccel launch: cannot run {program}: {error.strerror}")
+
+
+def _run(script: str, module: bool) -> None:
+    if module:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+        return
+    path = os.path.abspath(script)
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    runpy.run_path(path, run_name="__main__")
 
 
 def _die_with_launcher() -> None:
@@ -48,19 +71,51 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _keep_to_own_cores() -> None:
+    """Leaves this rank the cores that its launcher has, divided by the ranks; all of them where there are too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    own = cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]
+    os.sched_setaffinity(0, own or cores)
+
+
+def _note_crashes() -> None:
+    """Has the interpreter write down where its threads are when it crashes; the launcher shows it for one rank."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable(open(_beside_error_file("stacks"), "w"))  # noqa: SIM115 - open as long as the rank lives
+
+
+def _beside_error_file(name: str) -> str:
+    return os.path.join(os.path.dirname(os.environ["TORCHELASTIC_ERROR_FILE"]), name)
+
+
+def _leave(stop: SystemExit) -> None:
+    """Ends as the script wants; what it says with `sys.exit("...")` is printed for one rank."""
+    if stop.code is None or isinstance(stop.code, int):
+        status = (stop.code or 0) & 0xFF  # what the system keeps of it
+        if status:
+            _note(f"sys.exit({stop.code!r})", "", status)
+        sys.exit(status)
+    if _note(f"sys.exit({stop.code!r})"[:200], "", status=1):
+        print(stop.code, file=sys.stderr)
+    sys.exit(1)
+
+
+def _report(error: BaseException) -> None:
+    """Notes an exception, and has it printed unless another rank of this machine noted one before."""
+    trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename in _OWN_FRAMES:
         trace = trace.tb_next
-    text = "".join(traceback.format_exception(kind, error, trace))
-    summary = traceback.format_exception_only(kind, error)[-1].strip().splitlines()[0][:200]
-    first = _note(summary, text, status=1)
-    if first and not issubclass(kind, KeyboardInterrupt):  # Ctrl-C: the launcher says so
-        sys.stderr.write(text)  # torch puts "[rank1]: " before each line once there is a process group
+    error.__traceback__ = trace
+    lines = "".join(traceback.format_exception_only(error)).splitlines()
+    summary = next(line for line in lines if not line.startswith(" "))  # a syntax error's place comes first, notes last
+    if _note(summary[:200], "".join(traceback.format_exception(error)), status=1):
+        sys.excepthook(type(error), error, trace)  # the script's own, or PyTorch's, which names the rank in each line
         sys.stderr.flush()
 
 
 def _note(summary: str, text: str, status: int) -> bool:
-    """Writes this rank's error file; says whether no rank of this node did so before."""
+    """Writes this rank's error file; says whether no rank of this machine did so before."""
     path = os.environ["TORCHELASTIC_ERROR_FILE"]
     now = time.time_ns()
     details = {"py_callstack": text, "timestamp": str(now // 10**9)}
@@ -69,8 +124,7 @@ def _note(summary: str, text: str, status: int) -> bool:
         json.dump(report, file)
     os.replace(file.name, path)  # the launcher ends this rank at any moment, and cannot read half a file
     try:
-        claim = os.path.join(os.path.dirname(os.path.dirname(path)), "first_failure")
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(_beside_error_file("../first_failure"), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True

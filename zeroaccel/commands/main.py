@@ -16,6 +16,8 @@ COMMANDS = {
     "launch": ("zeroaccel.commands.launch", "start a training script on every device of this machine"),
     "env": ("zeroaccel.commands.env", "what is installed here, and which of DeepSpeed's ops are ready"),
     "estimate-memory": ("zeroaccel.commands.estimate", "what training a model needs of GPUs and hosts"),
+    "merge-weights": ("zeroaccel.commands.merge", "put the weights of a checkpoint together"),
+    "test": ("zeroaccel.commands.selftest", "train on every ZeRO stage here, compare with plain PyTorch"),
 }
 
 

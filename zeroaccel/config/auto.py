@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zeroaccel.config import checks
-from zeroaccel.config.document import HfDeepSpeedConfig, assign, leaves
+from zeroaccel.config.document import HfDeepSpeedConfig, Problem, assign, leaves
 from zeroaccel.config.facts import Entry, Facts, ResolvedConfig, SchedulerFact
 from zeroaccel.config.plugin import DeepSpeedPlugin
-from zeroaccel.config.precedence import Level, Said, settle
+from zeroaccel.config.precedence import FIELD_KEYS, Level, Said, settle
 from zeroaccel.errors import ConfigError
 
 # DeepSpeed's own defaults: a step took 0.62 (stage 2) and 0.81 (stage 3) of the time that hidden_size^2 and its like
@@ -33,7 +33,7 @@ class _Resolution:
     policy: str
     is_train_batch_min: bool
     chosen: dict[str, Entry] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def number(self, key: str) -> Any:
@@ -70,6 +70,8 @@ def _hidden_size(r: _Resolution) -> tuple[int, str] | None:
         return None
     if model.hidden_size is not None:
         return model.hidden_size, f"hidden size {model.hidden_size} ({model.hidden_size_origin})"
+    if not model.largest_parameter:
+        return None
     size = math.isqrt(max(model.largest_parameter - 1, 0)) + 1
     return size, f"hidden size {size} (square root of the largest parameter, the model tells none)"
 
@@ -139,6 +141,8 @@ def _micro_batch(r: _Resolution) -> Choice | None:
         known = r.facts.known_micro_batch_size
         if known is not None:
             return known, "earlier prepare()", "no loader in this call"
+        if r.facts.implicit_plugin:
+            return 1, "rule", "nobody configured DeepSpeed, and no loader tells the batch size"
         return _from_train_batch(r)
     deciding = [loader for loader in loaders if loader.training] if r.is_train_batch_min else list(loaders)
     sizes = [loader.batch_size for loader in deciding or loaders]
@@ -199,6 +203,17 @@ RULES: dict[str, Rule] = {
     "bf16.enabled": _off,
 }
 
+# What only the script's prepare() can tell, for `foresee`; everything below a key that ends with a dot.
+TOLD_AT_PREPARE = {
+    "train_micro_batch_size_per_gpu": "batch size of the DataLoader",
+    "train_batch_size": "micro-batch x accumulation x ranks",
+    "zero_optimization.reduce_bucket_size": "hidden size and number of parameters of the model",
+    "zero_optimization.stage3_prefetch_bucket_size": "hidden size and number of parameters of the model",
+    "zero_optimization.stage3_param_persistence_threshold": "hidden size and number of parameters of the model",
+    "optimizer.params.": "the script's DummyOptim",
+    "scheduler.params.": "the script's DummyScheduler",
+}
+
 # DeepSpeed fills these itself.
 LEFT_TO_DEEPSPEED = ("zero_optimization.zenflow.", "data_types.keep_in_fp32_modules", "pipeline.stages")
 
@@ -209,6 +224,37 @@ def resolve(plugin: DeepSpeedPlugin, facts: Facts) -> ResolvedConfig:
     Raises:
         ConfigError: everything that cannot be, at once.
     """
+    r = _apply_rules(plugin, facts)
+    r.problems += _left_over(r)
+    return _finish(r, plugin)
+
+
+def foresee(plugin: DeepSpeedPlugin, facts: Facts) -> ResolvedConfig:
+    """The same before `prepare()`: what only the script can tell then stays `"auto"`, with an entry that says so.
+
+    Raises:
+        ConfigError: everything that cannot be whatever the script does, at once.
+    """
+    r = _apply_rules(plugin, facts)
+    for key, value in leaves(r.document.config):
+        if value == "auto" and (reason := _told_at_prepare(key)) is not None:
+            r.chosen[key] = Entry(key, value, "prepare()", reason)
+    r.problems += [problem for problem in _left_over(r) if problem.key not in r.chosen]
+    return _finish(r, plugin)
+
+
+def is_served(key: str) -> bool:
+    """Whether something fills an `"auto"` at this key: a rule, the plugin's fields, the script, or DeepSpeed."""
+    known = key in RULES or key in FIELD_KEYS.values() or key.startswith(LEFT_TO_DEEPSPEED)
+    return known or _told_at_prepare(key) is not None
+
+
+def _told_at_prepare(key: str) -> str | None:
+    section = f"{key.rpartition('.')[0]}."
+    return TOLD_AT_PREPARE.get(key, TOLD_AT_PREPARE.get(section))
+
+
+def _apply_rules(plugin: DeepSpeedPlugin, facts: Facts) -> _Resolution:
     r = _Resolution(HfDeepSpeedConfig(plugin.intent()), facts, plugin.auto_policy, plugin.is_train_batch_min)
     config = r.document.config
     r.problems += checks.optimizer_and_scheduler(config, facts.optimizer, facts.scheduler)
@@ -223,13 +269,22 @@ def resolve(plugin: DeepSpeedPlugin, facts: Facts) -> ResolvedConfig:
             r.choose(key, *choice)
     _fill_from_dummies(r)
     r.problems += checks.batch_arithmetic(r.document, facts, plugin.source_of, r.chosen)
-    r.problems += _left_over(r)
+    return r
+
+
+def _finish(r: _Resolution, plugin: DeepSpeedPlugin) -> ResolvedConfig:
+    """The result, without what DeepSpeed must not see.
+
+    Raises:
+        ConfigError: all problems.
+    """
     r.problems += checks.values(r.document)
     r.warnings += checks.inert_settings(r.document)
     r.warnings += _losers(r, plugin)
     if r.problems:
         raise ConfigError.join(r.problems)
-    return ResolvedConfig(config, tuple(_entries(r, plugin)), tuple(r.warnings))
+    _keep_from_deepspeed(r)
+    return ResolvedConfig(r.document.config, tuple(_entries(r, plugin)), tuple(r.warnings))
 
 
 def _drop_unused_sections(config: dict[str, Any], facts: Facts) -> None:
@@ -249,6 +304,20 @@ def _allow_untested(r: _Resolution, plugin: DeepSpeedPlugin) -> None:
         r.choose(key, True, "rule", needed)
 
 
+def _keep_from_deepspeed(r: _Resolution) -> None:
+    """Takes out what DeepSpeed would follow where it must not, and switches off a check of its own."""
+    if r.number("zero_optimization.stage") in (0, None):
+        # It offloads nothing at stage 0, but would ask for an optimizer on the CPU all the same.
+        r.document.del_config_sub_tree("zero_optimization.offload_optimizer")
+    if not r.number("fp16.enabled"):  # else it casts inputs of fp32 and bf16 models, too
+        r.document.del_config_sub_tree("fp16.auto_cast")
+    own = r.facts.optimizer is not None and not r.facts.optimizer.dummy
+    offloaded = r.number("zero_optimization.offload_optimizer.device") not in (None, "none")
+    key = "zero_force_ds_cpu_optimizer"
+    if own and offloaded and r.number(key) is not False:
+        r.choose(key, False, "rule", "the optimizer is chosen here; DeepSpeed's check refuses even its own CPU Adagrad")
+
+
 def _fill_from_dummies(r: _Resolution) -> None:
     for section, fact in (("optimizer", r.facts.optimizer), ("scheduler", r.facts.scheduler)):
         if fact is None or not fact.dummy:
@@ -259,7 +328,7 @@ def _fill_from_dummies(r: _Resolution) -> None:
                 r.choose(key, value, f"Dummy{'Optim' if section == 'optimizer' else 'Scheduler'}", f"its {name}")
 
 
-def _left_over(r: _Resolution) -> list[str]:
+def _left_over(r: _Resolution) -> list[Problem]:
     return [
         checks.unserved(key, RULES, r.facts)
         for key, value in leaves(r.document.config)
@@ -284,4 +353,4 @@ def _losers(r: _Resolution, plugin: DeepSpeedPlugin) -> list[str]:
 
 def _entries(r: _Resolution, plugin: DeepSpeedPlugin) -> Iterator[Entry]:
     for key, value in leaves(r.document.config):
-        yield r.chosen.get(key) or Entry(key, copy.copy(value), plugin.source_of(key))
+        yield r.chosen.get(key) or Entry(key, copy.copy(value), plugin.source_of(key), plugin.reason_of(key))

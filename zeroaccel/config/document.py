@@ -8,10 +8,30 @@ import copy
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from zeroaccel.errors import ConfigError, ConfigTypeError
+
+
+class Place(NamedTuple):
+    """Where something stands in a text, both counted from 1."""
+
+    line: int
+    column: int
+
+
+class Problem(str):
+    """What is wrong, in words, and the dotted key that it is about ("" for the whole)."""
+
+    key: str
+
+    def __new__(cls, key: str, text: str) -> Problem:
+        """A text that knows its key."""
+        problem = super().__new__(cls, text)
+        problem.key = key
+        return problem
 
 
 class HfDeepSpeedConfig:
@@ -30,13 +50,19 @@ class HfDeepSpeedConfig:
     """
 
     def __init__(self, config_file_or_dict: dict[str, Any] | str | os.PathLike[str]) -> None:
-        self.config, self.origin, self._lines = _read(config_file_or_dict)
+        self.config, self.origin, self._places = _read(config_file_or_dict)
         self.set_stage_and_offload()
 
     def source_of(self, ds_key_long: str) -> str:
         """Where a dotted key was written: the origin, of a file with the line."""
-        line = self._lines.get(ds_key_long)
-        return self.origin if line is None else f"{self.origin}:{line}"
+        place = self._places.get(ds_key_long)
+        return self.origin if place is None else f"{self.origin}:{place.line}"
+
+    def place_of(self, ds_key_long: str) -> Place:
+        """Where a dotted key, or the section that it would belong to, stands in the file."""
+        while ds_key_long and ds_key_long not in self._places:
+            ds_key_long = ds_key_long.rpartition(".")[0]
+        return self._places.get(ds_key_long, Place(1, 1))
 
     def set_stage_and_offload(self) -> None:
         """Reads stage and offload again, after `config` was changed."""
@@ -118,8 +144,8 @@ def assign(config: dict[str, Any], ds_key_long: str, value: Any) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def _read(source: object) -> tuple[dict[str, Any], str, dict[str, int]]:
-    """The config, where it came from, and the lines of its keys where it is a file."""
+def _read(source: object) -> tuple[dict[str, Any], str, dict[str, Place]]:
+    """The config, where it came from, and the places of its keys where it is a file."""
     if isinstance(source, dict):
         return copy.deepcopy(source), "dict argument", {}
     if not isinstance(source, (str, os.PathLike)):
@@ -131,15 +157,15 @@ def _read(source: object) -> tuple[dict[str, Any], str, dict[str, int]]:
     if os.path.isfile(text):
         with open(text, encoding="utf-8") as file:
             content = file.read()
-        return _parsed(content, text), text, _key_lines(content)
+        return parse_json(content, text), text, {key: places[0] for key, places in _key_places(content).items()}
     if text.lstrip().startswith("{"):
-        return _parsed(text, "JSON text"), "JSON text", {}
+        return parse_json(text, "JSON text"), "JSON text", {}
     if (decoded := _decoded(text)) is None:
         raise ConfigError(
             f"hf_ds_config={text!r} is neither an existing file nor JSON: pass the path of a DeepSpeed config,"
             " a dictionary, JSON text or its base64"
         )
-    return _parsed(decoded, "base64 text"), "base64 text", {}
+    return parse_json(decoded, "base64 text"), "base64 text", {}
 
 
 def _decoded(text: str) -> str | None:
@@ -151,38 +177,50 @@ def _decoded(text: str) -> str | None:
     return decoded
 
 
-def _parsed(text: str, origin: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ConfigError(f"{origin}: {', '.join(twice)} is there twice in one section: keep one of them")
-        return dict(pairs)
+def parse_json(text: str, origin: str) -> dict[str, Any]:
+    """A JSON object.
 
+    Raises:
+        ConfigError: no JSON, no object, or keys that are there twice; with line and column.
+    """
     try:
-        config = json.loads(text, object_pairs_hook=unique)
+        config = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{origin}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{origin}: a DeepSpeed config is a JSON object, this is a {type(config).__name__}")
+    twice = [
+        f"{origin}:{places[1].line}:{places[1].column}: {key} is there twice in one section, first in line"
+        f" {places[0].line}: keep one of them"
+        for key, places in _key_places(text).items()
+        if len(places) > 1
+    ]
+    if twice:
+        raise ConfigError.join(twice)
     return config
 
 
 _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}\[\]]')
 
 
-def _key_lines(text: str) -> dict[str, int]:
-    """Line of every dotted key of valid JSON text; keys inside lists are left out."""
-    lines: dict[str, int] = {}
-    path: list[str | None] = []  # the key of each open section, None for a list and for the whole
-    key: str | None = None
+def _key_places(text: str) -> dict[str, list[Place]]:
+    """Places of every dotted key of valid JSON text; sections inside a list are called [0], [1] ..."""
+    found: dict[str, list[Place]] = defaultdict(list)
+    path: list[str] = []  # of the open section
+    counts: list[int] = []  # for each open bracket: sections so far if it is a list, else -1
+    key = ""
     for token in _TOKEN.finditer(text):
         if token.group(2):
-            key = json.loads(token.group(1))
-            sections = path[1:]
-            if None not in sections:
-                lines[".".join([*filter(None, sections), str(key)])] = text.count("\n", 0, token.start()) + 1
+            key, start = str(json.loads(token.group(1))), token.start()
+            place = Place(text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start))
+            found[".".join([*path[1:], key])].append(place)
         elif token.group() in ("{", "["):
-            path.append(key if token.group() == "{" and path else None)
+            if counts and counts[-1] >= 0:
+                key = f"[{counts[-1]}]"
+                counts[-1] += 1
+            path.append(key)
+            counts.append(0 if token.group() == "[" else -1)
         elif token.group() in ("}", "]"):
             path.pop()
-    return lines
+            counts.pop()
+    return dict(found)

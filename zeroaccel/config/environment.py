@@ -24,6 +24,10 @@ FIELDS = {
     "cpu": "USE_CPU",
     "mixed_precision": "MIXED_PRECISION",
     "dynamo_backend": "DYNAMO_BACKEND",
+    "dynamo_mode": "DYNAMO_MODE",
+    "dynamo_use_fullgraph": "DYNAMO_USE_FULLGRAPH",
+    "dynamo_use_dynamic": "DYNAMO_USE_DYNAMIC",
+    "dynamo_use_regional_compilation": "DYNAMO_USE_REGIONAL_COMPILATION",
     "zero_stage": "DEEPSPEED_ZERO_STAGE",
     "gradient_accumulation_steps": "GRADIENT_ACCUMULATION_STEPS",
     "gradient_clipping": "GRADIENT_CLIPPING",
@@ -38,6 +42,8 @@ FIELDS = {
     "deepspeed_moe_layer_cls_names": "DEEPSPEED_MOE_LAYER_CLS_NAMES",
     "auto_policy": "AUTO_POLICY",
     "debug": "DEBUG_MODE",
+    "cpu_affinity": "CPU_AFFINITY",  # the launcher to its own ranks: bind yourself to your share of the cores
+    "ranks_from": "RANKS_FROM",  # "slurm": no launcher but SLURM numbers the ranks
 }
 
 _TRUE = {"1", "true", "t", "yes", "y", "on"}
@@ -132,7 +138,7 @@ class Ranks:
     local_world_size: int
 
 
-_RANK_VARIABLES = {
+_RANK_VARIABLES: dict[str, tuple[str, ...]] = {
     "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
     "world_size": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
     "local_rank": (
@@ -148,6 +154,14 @@ _RANK_VARIABLES = {
         "MV2_COMM_WORLD_LOCAL_SIZE",
     ),
 }
+_SLURM_VARIABLES = {"rank": "SLURM_PROCID", "world_size": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID"}
+
+
+def _rank_variables() -> dict[str, tuple[str, ...]]:
+    """Where ranks may be announced. SLURM's variables also stand in a shell inside an allocation, which is no rank."""
+    if text(FIELDS["ranks_from"]) != "slurm":
+        return _RANK_VARIABLES
+    return _RANK_VARIABLES | {name: (*_RANK_VARIABLES[name], of_slurm) for name, of_slurm in _SLURM_VARIABLES.items()}
 
 
 def _first_int(names: tuple[str, ...], default: int) -> int:
@@ -160,15 +174,16 @@ def _first_int(names: tuple[str, ...], default: int) -> int:
 
 def launched_ranks() -> Ranks | None:
     """Ranks that torchrun, DeepSpeed's launcher or MPI announced; None if this process was started alone."""
-    if not any(os.environ.get(name) for name in _RANK_VARIABLES["world_size"]):
+    variables = _rank_variables()
+    if not any(os.environ.get(name) for name in variables["world_size"]):
         return None
-    world_size = _first_int(_RANK_VARIABLES["world_size"], 1)
-    rank = _first_int(_RANK_VARIABLES["rank"], 0)
+    world_size = _first_int(variables["world_size"], 1)
+    rank = _first_int(variables["rank"], 0)
     return Ranks(
         rank=rank,
         world_size=world_size,
-        local_rank=_first_int(_RANK_VARIABLES["local_rank"], rank),
-        local_world_size=_first_int(_RANK_VARIABLES["local_world_size"], world_size),
+        local_rank=_first_int(variables["local_rank"], rank),
+        local_world_size=_first_int(variables["local_world_size"], world_size),
     )
 
 
@@ -182,6 +197,11 @@ def announce_ranks(ranks: Ranks) -> None:
 def has_master() -> bool:
     """Whether the launcher said where the ranks meet."""
     return bool(os.environ.get("MASTER_ADDR")) and bool(os.environ.get("MASTER_PORT"))
+
+
+def add_to_path(folder: str) -> None:
+    """Has programs of a folder found by this process, after all others."""
+    os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), folder)))
 
 
 def choose_cpu_accelerator() -> None:

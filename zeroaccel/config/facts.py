@@ -17,7 +17,7 @@ class LoaderFact:
 
 @dataclass(frozen=True)
 class ModelFact:
-    """The model: parameters in all, of the largest one, and the hidden size with where it was found."""
+    """The model: parameters in all, of the largest one (0: unknown), and the hidden size with where it was found."""
 
     numel: int
     largest_parameter: int
@@ -58,6 +58,7 @@ class Facts:
         accumulation_typed: whether the script typed that number.
         loaders: of this `prepare()` call.
         known_micro_batch_size: of an earlier call.
+        implicit_plugin: nobody asked for DeepSpeed; it runs because there are several ranks.
         model, optimizer, scheduler: of this call.
     """
 
@@ -67,6 +68,7 @@ class Facts:
     accumulation_typed: bool = False
     loaders: tuple[LoaderFact, ...] = ()
     known_micro_batch_size: int | None = None
+    implicit_plugin: bool = False
     model: ModelFact | None = None
     optimizer: OptimizerFact | None = None
     scheduler: SchedulerFact | None = None

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from zeroaccel.config import environment
+from zeroaccel.config.document import Place
 from zeroaccel.config.launch_schema import DEFAULTS, OTHER_TYPES, PLACES, SCHEMA, TOP_LEVEL, TYPES, UNSAID, Key
 from zeroaccel.errors import ConfigError
 
@@ -40,7 +41,12 @@ def read(path: str) -> dict[str, Any]:
 
 def lines(path: str) -> dict[str, int]:
     """The line, from 1, that gives each of the options of `read`."""
-    return {option: line for option, (_, line) in _Reading(_load(path)).options.items()}
+    return {option: place.line for option, place in places(path).items()}
+
+
+def places(path: str) -> dict[str, Place]:
+    """The place that gives each of the options of `read`."""
+    return {option: place for option, (_, place) in _Reading(_load(path)).options.items()}
 
 
 def write(path: str, answers: Mapping[str, Any]) -> None:
@@ -90,12 +96,12 @@ class _File:
     Attributes:
         path: its name.
         values: its content, nested.
-        lines: each dotted key with its line, in order; one that is there twice is here twice.
+        places: each dotted key with its place, in order; one that is there twice is here twice.
     """
 
     path: str
     values: dict[str, Any]
-    lines: list[tuple[str, int]]
+    places: list[tuple[str, Place]]
 
 
 def _load(path: str) -> _File:
@@ -103,7 +109,7 @@ def _load(path: str) -> _File:
         with open(path, encoding="utf-8") as file:
             loader = yaml.SafeLoader(file.read())
         node = loader.get_single_node()
-        found = list(_key_lines(node))
+        found = list(_key_places(node))
         values = None if node is None else loader.construct_document(node)
     except FileNotFoundError:
         raise ConfigError(
@@ -126,21 +132,21 @@ def _load(path: str) -> _File:
     return _File(path, {str(key): value for key, value in values.items()}, found)
 
 
-def _key_lines(node: yaml.Node | None, section: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted keys with their lines, one level of sections deep."""
+def _key_places(node: yaml.Node | None, section: str = "") -> Iterator[tuple[str, Place]]:
+    """Dotted keys with their places, one level of sections deep."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
-        yield f"{section}{key.value}", key.start_mark.line + 1
+        yield f"{section}{key.value}", Place(key.start_mark.line + 1, key.start_mark.column + 1)
         if not section:
-            yield from _key_lines(value, f"{key.value}.")
+            yield from _key_places(value, f"{key.value}.")
 
 
 class _Reading:
     """What a file says.
 
     Attributes:
-        options: the launcher's options that it gives: value and line.
+        options: the launcher's options that it gives: value and place.
         distributed_type: one of `TYPES`.
 
     Raises:
@@ -148,12 +154,12 @@ class _Reading:
     """
 
     def __init__(self, file: _File) -> None:
-        self.options: dict[str, tuple[Any, int]] = {}
+        self.options: dict[str, tuple[Any, Place]] = {}
         self.distributed_type = ""
         self._file = file
-        self._lines = dict(file.lines)
-        self._problems: list[tuple[int, str]] = []
-        for dotted, count in Counter(dotted for dotted, _ in file.lines).items():
+        self._places = dict(file.places)
+        self._problems: list[tuple[Place, str]] = []
+        for dotted, count in Counter(dotted for dotted, _ in file.places).items():
             if count > 1:
                 self._blame(dotted, f"is there {count} times: keep one of them")
         self._read_type()
@@ -164,12 +170,12 @@ class _Reading:
         if self._problems:
             raise ConfigError.join([problem for _, problem in sorted(self._problems)])
 
-    def _line(self, dotted: str) -> int:
-        return self._lines.get(dotted, 1)  # one that came in through a YAML merge, or that is missing
+    def _place(self, dotted: str) -> Place:
+        return self._places.get(dotted, Place(1, 1))  # one that came in through a YAML merge, or that is missing
 
     def _blame(self, dotted: str, problem: str) -> None:
-        line = self._line(dotted)
-        self._problems.append((line, f"{self._file.path}:{line}: {dotted} {problem}"))
+        place = self._place(dotted)
+        self._problems.append((place, f"{self._file.path}:{place.line}:{place.column}: {dotted} {problem}"))
 
     def _section(self, name: str) -> dict[Any, Any]:
         values = self._file.values.get(name)
@@ -193,8 +199,8 @@ class _Reading:
             self._blame("distributed_type", f"is {given!r}: write one of {', '.join(TYPES)}")
         else:
             self.distributed_type = kind
-            line = self._line("distributed_type")
-            self.options.update({option: (value, line) for option, value in TYPES[kind].items()})
+            place = self._place("distributed_type")
+            self.options.update({option: (value, place) for option, value in TYPES[kind].items()})
 
     def _read_key(self, section: str, name: str, value: Any, keys: Mapping[str, Key]) -> None:
         dotted = f"{section}.{name}" if section else name
@@ -211,7 +217,7 @@ class _Reading:
             self._blame(dotted, f"is {value!r}: write {key.kind.wanted}")
             return
         if converted is not None:
-            self.options[key.option] = (converted, self._line(dotted))
+            self.options[key.option] = (converted, self._place(dotted))
 
     def _refuse_what_we_lack(self) -> None:
         where = self._file.values.get("compute_environment")

@@ -120,7 +120,7 @@ class DeepSpeedPlugin:
         if self.auto_policy not in AUTO_POLICIES:
             raise ConfigError(f"auto_policy={self.auto_policy!r} is unknown: choose from {list(AUTO_POLICIES)}")
         self.deepspeed_config: dict[str, Any] = self.hf_ds_config.config
-        with self._provenance.writing(self.deepspeed_config, "rule: DeepSpeed's progress lines stay off stdout"):
+        with self._provenance.writing(self.deepspeed_config, "rule", "DeepSpeed's progress lines stay off stdout"):
             self.deepspeed_config["steps_per_print"] = float("inf")
         self._decide_zero3_init()
         self._add_msamp()
@@ -411,6 +411,10 @@ class DeepSpeedPlugin:
     def source_of(self, key: str) -> str:
         """Where the value of a dotted key comes from, in words."""
         return self._provenance.source_of(key, self.deepspeed_config, self._stated_source)
+
+    def reason_of(self, key: str) -> str:
+        """Why a dotted key has its value, where the library chose it before `prepare()`; else empty."""
+        return self._provenance.reason_of(key, self.deepspeed_config)
 
     def adopt(self, resolved: ResolvedConfig) -> None:
         """Shows what `prepare()` resolved, in `deepspeed_config` and in the fields."""

@@ -18,11 +18,12 @@ class Provenance:
     Assigning the very value that stands there already cannot be told from not assigning it.
 
     Attributes:
-        sources: of the values that the library put, in words, by dotted key.
+        sources, reasons: of the values that the library put, in words, by dotted key.
     """
 
     def __init__(self) -> None:
         self.sources: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self._put: dict[str, Any] = {}
         self._asked: dict[str, Any] | None = None  # None until `prepare()` resolved something
 
@@ -31,13 +32,14 @@ class Provenance:
         self._put = dict(leaves(config))
 
     @contextmanager
-    def writing(self, config: Mapping[str, Any], source: str) -> Iterator[None]:
+    def writing(self, config: Mapping[str, Any], source: str, reason: str = "") -> Iterator[None]:
         """What changes in the config inside is the library's, on behalf of `source`."""
         before = dict(leaves(config))
         yield
         written = {key: value for key, value in leaves(config) if key not in before or before[key] != value}
         self._put |= written
         self.sources |= dict.fromkeys(written, source)
+        self.reasons |= dict.fromkeys(written, reason)
         if self._asked is not None:
             for key, value in written.items():
                 assign(self._asked, key, value)
@@ -67,6 +69,10 @@ class Provenance:
         if key in self._assigned(config):
             return SCRIPT
         return self.sources.get(key) or stated(key)
+
+    def reason_of(self, key: str, config: dict[str, Any]) -> str:
+        """Why the library put the value of a dotted key; empty where somebody asked for it."""
+        return "" if key in self._assigned(config) else self.reasons.get(key, "")
 
     def _assigned(self, config: Mapping[str, Any]) -> dict[str, Any]:
         missing = object()

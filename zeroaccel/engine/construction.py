@@ -24,11 +24,17 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from zeroaccel.engine import ops
+from zeroaccel.engine.compat import check_engine
+
 
 def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize(**arguments)`: engine, optimizer, loader and scheduler."""
+    ops.build(ops.needed(arguments["config"]))
     with _patched():
         engine, optimizer, loader, scheduler = deepspeed.initialize(**arguments)
+    if optimizer is not None:
+        check_engine(engine)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer) and engine.fp16_enabled() and engine.dynamic_loss_scale():
         engine.optimizer.loss_scale_config.cur_scale = float(engine.initial_dynamic_scale())
     if (swapper := getattr(engine.optimizer, "optimizer_swapper", None)) is not None:

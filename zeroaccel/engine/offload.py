@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from zeroaccel.engine import ops
 from zeroaccel.errors import ConfigError
 from zeroaccel.logging import library_logger
 
@@ -49,6 +51,7 @@ def cpu_version(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | Non
         for group in optimizer.param_groups
     ]
     defaults = {name: _number(optimizer.defaults[name]) for name in names}
+    ops.build(["cpu_adagrad" if kind == "Adagrad" else "cpu_adam"])
     if kind == "Adagrad":
         from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 
@@ -102,18 +105,20 @@ def _classes(*names: str) -> list[type]:
     return found
 
 
-def for_offload(optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> torch.optim.Optimizer:
-    """The optimizer that steps under optimizer offload; switches DeepSpeed's own check off where it keeps the rule.
+def for_offload(
+    optimizer: torch.optim.Optimizer, config: Mapping[str, Any], asked: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """The optimizer that steps under optimizer offload.
 
     Args:
         optimizer: the user's; its param groups become those of the optimizer that steps.
-        config: the resolved DeepSpeed config; changed in place.
+        config: the resolved DeepSpeed config, in which DeepSpeed's own check is off.
+        asked: the config as the user wrote it; `zero_force_ds_cpu_optimizer: false` keeps the user's optimizer.
     """
     device = (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
     if device in (None, "none"):
         return optimizer
-    replacement = cpu_version(optimizer) if config.get("zero_force_ds_cpu_optimizer", True) else None
-    config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's check refuses its own CPU Adagrad, too
+    replacement = cpu_version(optimizer) if asked.get("zero_force_ds_cpu_optimizer", True) else None
     if replacement is not None:
         # Whoever holds the user's optimizer, a scheduler of another library for one, still sets the rates that count.
         optimizer.param_groups = replacement.param_groups

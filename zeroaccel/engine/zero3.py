@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zeroaccel.config.document import HfDeepSpeedConfig
+from zeroaccel.engine import ops
 from zeroaccel.errors import ConfigError
 from zeroaccel.state import AcceleratorState
 
@@ -31,6 +32,7 @@ def register_with_transformers(config: dict[str, Any], partition_at_birth: bool)
         return None
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
+    ops.build(ops.needed(config))  # parameters born on NVMe are written through async_io
     document = HfDeepSpeedConfig(_with_numbers(config))
     set_hf_deepspeed_config(document)
     return document

@@ -1,16 +1,20 @@
-"""`fail.py HOW FOLDER`: rank 1 ends as `HOW` says, while rank 0 waits for it.
+"""`fail.py HOW FOLDER`: the ranks end as `HOW` says (see `main`). Each writes the process ids of itself and of a child.
 
-HOW is `exit`, `sleep` (both ranks, until a signal ends them), or `raise` and `kill`, where rank 0 waits inside a
-collective, which fails once rank 1 is gone.
+The child is a DataLoader's worker where rank 0 waits in a collective, which fails once rank 1 is gone; else a program
+that ignores SIGTERM and SIGINT, where there is time for one.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+
+RANK = os.environ["RANK"]
 
 
 def lose_the_run() -> None:
@@ -18,30 +22,61 @@ def lose_the_run() -> None:
     raise ValueError("the loss is not a number")
 
 
-def wait_in_a_collective() -> None:
-    """Rank 0 enters a barrier that rank 1 never enters."""
-    import torch.distributed
+def start_child(how: str) -> int:
+    """The process id of a child that has started."""
+    if how in ("exit", "raise alike", "exit with a message"):
+        return os.getpid()
+    if how in ("raise", "kill"):
+        import torch.distributed
+        from torch.utils.data import DataLoader
 
-    torch.distributed.init_process_group("gloo")
-    if os.environ["RANK"] == "0":
-        torch.distributed.barrier()
+        torch.distributed.init_process_group("gloo")
+        start_child.loader = iter(DataLoader(range(9), num_workers=1))  # type: ignore[attr-defined,arg-type]
+        return multiprocessing.active_children()[0].pid or 0
+    stubborn = "trap '' TERM INT; echo ready; sleep 120"
+    child = subprocess.Popen(["sh", "-c", stubborn], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    return child.pid
 
 
 def main(how: str, folder: str) -> None:
-    """See above."""
-    if how in ("raise", "kill"):
-        wait_in_a_collective()
-    file = Path(folder, f"pid{os.environ['RANK']}")
-    file.with_suffix(".part").write_text(str(os.getpid()))
+    """Ends the ranks.
+
+    Args:
+        how: `exit` (rank 1, status 3); `exit with a message` and `raise alike` (both ranks the same); `sleep` (both
+            ranks, until a signal ends them) and `ignore signals` (the same, but SIGTERM and SIGINT do not); `raise`
+            and `kill` (rank 1, while rank 0 waits in a barrier); `vanish` and `crash` (rank 1, while rank 0 takes no
+            notice).
+        folder: for the process ids, as `pids<rank>`.
+    """
+    child = start_child(how)
+    if how == "ignore signals":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    file = Path(folder, f"pids{RANK}")
+    file.with_suffix(".part").write_text(f"{os.getpid()} {child}")
     file.with_suffix(".part").rename(file)
-    if os.environ["RANK"] == "1":
-        if how == "exit":
-            sys.exit(3)
-        elif how == "raise":
-            lose_the_run()
-        elif how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raise alike":
+        lose_the_run()
+    if how == "exit with a message":
+        sys.exit("there is no data")
+    if RANK == "1" and how != "sleep" and how != "ignore signals":
+        end(how)
+    if "torch" in sys.modules:
+        sys.modules["torch"].distributed.barrier()
     time.sleep(120)
+
+
+def end(how: str) -> None:
+    """Ends this rank."""
+    if how == "exit":
+        sys.exit(3)
+    if how == "raise":
+        lose_the_run()
+    if how == "vanish":
+        os._exit(7)
+    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSEGV)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ PLUGIN_FIELDS = (
     "zero3_save_16bit_model",
     "auto_policy",
 )
+CONFIG_KEYS = ("fp16", "bf16", "zero_optimization", "gradient_clipping", "gradient_accumulation_steps")
 
 
 def main() -> None:
@@ -34,9 +35,8 @@ def main() -> None:
         "mixed_precision": accelerator.mixed_precision,
         "accumulation": accelerator.gradient_accumulation_steps,
         "debug": accelerator.state.debug,
-        "plugin": {name: getattr(plugin, name) for name in PLUGIN_FIELDS},
-        "bf16": config["bf16"],
-        "zero_optimization": config["zero_optimization"],
+        "plugin": plugin and {name: getattr(plugin, name) for name in PLUGIN_FIELDS},
+        "config": {key: config.get(key) for key in CONFIG_KEYS},
     }
     Path(sys.argv[1], f"rank{accelerator.process_index}.json").write_text(json.dumps(report))
     accelerator.end_training()
