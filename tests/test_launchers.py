@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -44,6 +46,15 @@ def _report(folder: Path, start: int) -> None:
 
 def _reports(folder: Path) -> list[Any]:
     return [eval(path.read_text()) for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("launcher", [debug_launcher, notebook_launcher])
+def test_launchers_take_accelerates_arguments(launcher: Any) -> None:
+    theirs = inspect.signature(getattr(accelerate, launcher.__name__)).parameters.values()
+    mine = inspect.signature(launcher).parameters.values()
+    assert [(each.name, each.kind, each.default) for each in mine] == [
+        (each.name, each.kind, each.default) for each in theirs
+    ]
 
 
 def test_debug_launcher_runs_ranks_that_talk_to_each_other(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from zeroaccel.accelerator import Accelerator as Accelerator
+    from zeroaccel.checkpoint.load_weights import load_checkpoint_in_model as load_checkpoint_in_model
     from zeroaccel.config.options import AutocastKwargs as AutocastKwargs
     from zeroaccel.config.options import DataLoaderConfiguration as DataLoaderConfiguration
     from zeroaccel.config.options import DistributedDataParallelKwargs as DistributedDataParallelKwargs
@@ -31,6 +32,7 @@ __getattr__, __all__ = reexport(
     __name__,
     {
         "zeroaccel.accelerator": ["Accelerator"],
+        "zeroaccel.checkpoint.load_weights": ["load_checkpoint_in_model"],
         "zeroaccel.config.options": [
             "AutocastKwargs",
             "DataLoaderConfiguration",
@@ -50,6 +52,7 @@ __getattr__, __all__ = reexport(
     },
     submodules=[
         "accelerator",
+        "checkpoint",
         "commands",
         "data_loader",
         "launchers",

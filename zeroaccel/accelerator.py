@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
+from zeroaccel.checkpoint import export, files
+from zeroaccel.checkpoint.contents import Contents
+from zeroaccel.checkpoint.state import Checkpoints, check_registrable
 from zeroaccel.config import environment
 from zeroaccel.config.options import (
     AutocastKwargs,
@@ -29,6 +33,7 @@ from zeroaccel.config.plugin import DeepSpeedPlugin
 from zeroaccel.config.precedence import Level, Said, settle, warn_losers
 from zeroaccel.config.types import DistributedType, PrecisionType
 from zeroaccel.data_loader import prepare_data_loader, skip_first_batches
+from zeroaccel.data_loader.joint import even_batches_set
 from zeroaccel.distributed import operations
 from zeroaccel.engine.arguments import Kind, kind_of, mark_prepared
 from zeroaccel.engine.backend import Setup, make_backend
@@ -212,6 +217,7 @@ class Accelerator:
         self.rng_types = ["generator"] if rng_types is None else rng_types
         self._reset_loop()
         self._backend = make_backend(self._setup(typed, implicit), self.state, self.gradient_state)
+        self._checkpoints = Checkpoints(self.project_configuration)
 
     # --- construction -------------------------------------------------------------------------------------------
 
@@ -595,6 +601,21 @@ class Accelerator:
         """Kept for scripts: gradients are averaged when the window closes."""
         yield
 
+    @contextmanager
+    def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Iterator[None]:
+        """For loops in which ranks have different numbers of batches.
+
+        Ranks that ran out take part in training and in stage 3 until the last one is through, with or without this
+        block: they get their last batch again, `backward` counts it as zero, `gather_for_metrics` leaves it out, and
+        `accelerator.gradient_state.filler` is true.
+
+        Args:
+            joinables: accepted as in Accelerate.
+            even_batches: overrides that of the prepared map-style loaders within the block; None leaves it.
+        """
+        with even_batches_set(self._dataloaders, even_batches):
+            yield
+
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """Accumulates the gradients of `loss`, divided by the gradient accumulation steps. Updates nothing.
 
@@ -685,6 +706,146 @@ class Accelerator:
     ) -> Any:
         """The user's own module inside what `prepare()` returned."""
         return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
+
+    def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any] | None:
+        """The model's weights by name. Every rank must call it at stage 3.
+
+        Args:
+            model: what `prepare()` returned.
+            unwrap: names as in the user's own module; without DeepSpeed only, under it they always are.
+
+        Returns:
+            Under DeepSpeed a copy on rank 0's CPU; on the others None at stage 3, below it the live tensors, as without
+            DeepSpeed.
+
+        Raises:
+            ConfigError: stage 3 without `stage3_gather_16bit_weights_on_model_save`.
+        """
+        return export.get_state_dict(model, unwrap, copy=self.deepspeed_plugin is not None)
+
+    def save_model(
+        self,
+        model: torch.nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Writes the model's weights tensor by tensor, at stage 3 too. Every rank must call it there.
+
+        Args:
+            model: wrapped or not.
+            save_directory: folder; is made.
+            max_shard_size: of a file, a number of bytes or a text such as "5GB".
+            safe_serialization: safetensors with tied weights once; else `torch.save`.
+
+        Raises:
+            ConfigError: the folder is a file, or a weight cannot be saved.
+            CheckpointError: the files cannot be written; older ones are still there.
+        """
+        everywhere = self.project_configuration.save_on_each_node
+        export.save_model(model, save_directory, max_shard_size, safe_serialization, everywhere)
+
+    def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
+        """Writes an object on rank 0, or once a node with `ProjectConfiguration(save_on_each_node=True)`.
+
+        Args:
+            obj: anything that `torch.save` takes.
+            f: path or open file.
+            safe_serialization: write a dictionary of tensors as safetensors.
+
+        Raises:
+            ConfigError: at stage 3 a state dict with placeholders in place of weights.
+        """
+        export.refuse_placeholders(obj, self._models)
+        files.save(obj, f, self.project_configuration.save_on_each_node, safe_serialization)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Has `save_state` and `load_state` keep these objects, too, in this order.
+
+        Args:
+            objects: anything with `state_dict` and `load_state_dict`.
+
+        Raises:
+            ConfigError: one of them lacks these.
+        """
+        check_registrable(objects)
+        self._custom_objects.extend(objects)
+
+    def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Has `save_state` call `hook(models, weights, output_dir)` first, on every rank.
+
+        Both lists have one entry a prepared model; `weights[i]` is put together when it is read, which all ranks must
+        do then. Whatever the hook takes out of them, the checkpoint is complete.
+        """
+        return self._checkpoints.before_save.register(hook)
+
+    def register_load_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Has `load_state` call `hook(models, input_dir)` first, on every rank.
+
+        A model that the hook takes out of the list keeps its weights; everything else is loaded.
+        """
+        return self._checkpoints.before_load.register(hook)
+
+    def _contents(self) -> Contents:
+        shares = [self._backend.share(model) for model in self._models]
+        return Contents(shares, self._schedulers, self._dataloaders, self._custom_objects, self.step)
+
+    def save_state(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        **save_model_func_kwargs: Any,
+    ) -> str:
+        """Saves everything that `load_state` needs to go on as if nothing had happened. Every rank must call it.
+
+        A checkpoint that is in the folder already stays loadable until the new one is complete on the disk, and so at
+        whatever instant the run is killed.
+
+        Args:
+            output_dir: folder; with automatic naming it is `<project_dir>/checkpoints/checkpoint_<iteration>`.
+            safe_serialization: accepted; tensors are always in safetensors files.
+            save_model_func_kwargs: `exclude_frozen_parameters=True` leaves out what needs no gradient.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: on every rank, if one could not write; the older checkpoint is as it was.
+            UsageError: an accumulation window is open, or a registered object's state cannot be stored safely.
+            ConfigError: no folder, or a numbered one that is taken.
+        """
+        return self._checkpoints.save(
+            self._contents(), self._models, output_dir, save_model_func_kwargs, self.get_state_dict
+        )
+
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+        **load_model_func_kwargs: Any,
+    ) -> None:
+        """Brings the prepared objects to where `save_state` found them. Every rank must call it.
+
+        The number of ranks, the ZeRO stage, offload and precision may be others than when it was saved. Folders of
+        Accelerate's `save_state` and of DeepSpeed's `save_checkpoint` are loaded, too, where nothing of that changed.
+
+        Args:
+            input_dir: folder; None: the newest complete one of the numbered checkpoints.
+            load_kwargs: of `torch.load`, for registered objects.
+            load_model_func_kwargs: `load_module_only=True` loads weights and nothing else;
+                `load_optimizer_states=False`, `load_lr_scheduler_states=False`; `load_module_strict=False` ignores
+                parameters that only the checkpoint or only the model has.
+
+        Raises:
+            ConfigError: the folder does not exist.
+            CheckpointError: on every rank; it is damaged or does not fit, with everything that does not.
+        """
+        options = load_model_func_kwargs
+        held = self._models, self._optimizers
+        step = self._checkpoints.load(self._contents(), *held, input_dir, load_kwargs, options)
+        self.step = self.step if step is None else step
 
     def verify_device_map(self, model: torch.nn.Module) -> bool:
         """Whether the model is spread over several devices by a device map."""

@@ -93,14 +93,31 @@ def _asked_for_no_clipping(case: Case) -> bool:
     return case.document is None and asked in (0, "0")
 
 
-def _clipping_written_out(case: Case) -> Case:
-    """The plugin's fields as a document, with the 0 that Accelerate leaves out."""
+def _written_out(case: Case) -> Case:
+    """The plugin's fields as a document."""
     theirs = their_plugin(case)
-    if not isinstance(theirs, dict):
+    if case.document is not None or not isinstance(theirs, dict):
         return case
     kept = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization")
-    document = {key: theirs[key] for key in kept} | {"gradient_clipping": 0}
+    document = {key: theirs[key] for key in (*kept, "gradient_clipping") if key in theirs}
     return dataclasses.replace(case, document=document).without_variable("CONFIG_DS_FIELDS")
+
+
+def _with(case: Case, values: dict[str, Any]) -> Case:
+    written = _written_out(case)
+    return case if written.document is None else written.written(values)
+
+
+def _without(case: Case, key: str) -> Case:
+    written = _written_out(case)
+    document = HfDeepSpeedConfig(written.document or {})
+    document.del_config_sub_tree(key)
+    return case if written.document is None else dataclasses.replace(written, document=document.config)
+
+
+def _offloads(case: Case, *stages: int | None) -> bool:
+    stage, device = _their_values(case, "zero_optimization.stage", "zero_optimization.offload_optimizer.device")
+    return stage in stages and device not in (None, "none")
 
 
 CLIPPING_DIFFERENCES = (
@@ -108,7 +125,7 @@ CLIPPING_DIFFERENCES = (
         "clipping-zero",
         "gradient_clipping=0 is off, not left to DeepSpeed, which clips at 1.0",
         _asked_for_no_clipping,
-        _clipping_written_out,
+        lambda case: _with(case, {"gradient_clipping": 0}),
     ),
     Difference(
         "missing-clipping",
@@ -210,6 +227,24 @@ PREPARE_DIFFERENCES = (
         lambda case: None,
     ),
     Difference("batch-arithmetic", "split_batches with less than one sample a rank", _empty_share, lambda case: None),
+    Difference(
+        "kept-from-deepspeed",
+        "stage 0 offloads nothing, so DeepSpeed does not hear of it",
+        lambda case: _their_values(case, "zero_optimization.stage")[0] in (0, None),
+        lambda case: _without(case, "zero_optimization.offload_optimizer"),
+    ),
+    Difference(
+        "kept-from-deepspeed",
+        "auto_cast without fp16 would cast the inputs of fp32 and bf16 models",
+        lambda case: case.value("fp16.auto_cast") is not None and not _their_values(case, "fp16.enabled")[0],
+        lambda case: _without(case, "fp16.auto_cast"),
+    ),
+    Difference(
+        "kept-from-deepspeed",
+        "the right CPU optimizer is chosen here, and DeepSpeed's check refuses its own CPU Adagrad",
+        lambda case: case.optimizer == "real" and _offloads(case, 1, 2, 3),
+        lambda case: _with(case, {"zero_force_ds_cpu_optimizer": False}),
+    ),
 )
 
 

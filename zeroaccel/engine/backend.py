@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from zeroaccel.config import environment
 from zeroaccel.config.facts import ResolvedConfig
+from zeroaccel.engine.masters import Share
 from zeroaccel.state import AcceleratorState, GradientState
 
 
@@ -79,6 +80,10 @@ class Backend(Protocol):
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         """Prepares a scheduler on its own."""
+        ...
+
+    def share(self, model: Any) -> Share:
+        """What this rank holds of a prepared model, for checkpoints."""
         ...
 
     def explanation(self) -> ResolvedConfig | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zeroaccel.config import auto, schema
 from zeroaccel.config.facts import Facts, ResolvedConfig
-from zeroaccel.engine import compat, construction, facts, stepping
+from zeroaccel.engine import compat, construction, facts, owners, stepping
 from zeroaccel.engine.arguments import (
     Kind,
     distinct,
@@ -24,11 +25,13 @@ from zeroaccel.engine.arguments import (
     replace,
 )
 from zeroaccel.engine.backend import Setup
+from zeroaccel.engine.deepspeed_masters import EngineShare
 from zeroaccel.engine.offload import for_offload, refuse_unshardable
 from zeroaccel.engine.optimizer import DeepSpeedOptimizerWrapper, DummyOptim
 from zeroaccel.engine.precision import guard_inputs
 from zeroaccel.engine.quiet import quiet_deepspeed
 from zeroaccel.engine.scheduler import AcceleratedScheduler, DeepSpeedSchedulerWrapper, DummyScheduler, redirect
+from zeroaccel.engine.state_dicts import load_state_dict
 from zeroaccel.engine.stepping import Stepper
 from zeroaccel.engine.weights import LossWeights
 from zeroaccel.engine.window import micro_batch
@@ -125,7 +128,8 @@ class DeepSpeedBackend:
             accumulation_steps=self._gradient_state.num_steps,
             accumulation_typed=self._setup.accumulation_typed,
             loaders=facts.loader_facts(loaders),
-            known_micro_batch_size=self._micro_batch_size or (1 if self._setup.implicit_plugin else None),
+            known_micro_batch_size=self._micro_batch_size,
+            implicit_plugin=self._setup.implicit_plugin,
             model=facts.model_fact(model),
             optimizer=None if optimizer is None else facts.optimizer_fact(optimizer),
             scheduler=None if scheduler is None else facts.scheduler_fact(scheduler),
@@ -151,10 +155,6 @@ class DeepSpeedBackend:
                 f"ZeRO stage {stage} shards an optimizer, but prepare() got a {type(model).__name__} without one:"
                 " pass the optimizer in the same call, or use zero_stage=3 (or 0) for inference"
             )
-        if stage == 0:  # offloads nothing, but DeepSpeed would ask for an optimizer on the CPU all the same
-            config["zero_optimization"].pop("offload_optimizer", None)
-        if not config["fp16"]["enabled"]:  # else DeepSpeed casts inputs of fp32 and bf16 models, too
-            config["fp16"].pop("auto_cast", None)
         plugin.set_moe_leaf_modules(model)
         arguments: dict[str, Any] = {"model": model, "config": config}
         if optimizer is not None:
@@ -163,12 +163,14 @@ class DeepSpeedBackend:
             arguments["model_parameters"] = optimizer.params
         elif optimizer is not None:
             refuse_unshardable(optimizer, stage)
-            arguments["optimizer"] = for_offload(optimizer, config)
+            arguments["optimizer"] = for_offload(optimizer, config, plugin.intent())
         self._hand_over_scheduler(scheduler, arguments)
         # DeepSpeed replaces the groups' parameters by its flat partitions, so they are noted before.
         trained = {id(p) for p in parameters_of(optimizer) if p.requires_grad} if optimizer is not None else set()
         engine, sharded, _, engine_scheduler = construction.initialize(**arguments)
         made: dict[int, Any] = {id(model): self._finish_engine(engine)}
+        if stage == 3 or optimizer is not None:
+            self._gradient_state._add_engine(engine, always=stage == 3)
         if optimizer is not None:
             stepper = Stepper(engine, trained, self._gradient_state, self._weights)
             made.update(self._wrap(stepper, sharded, engine_scheduler, optimizer, scheduler))
@@ -187,12 +189,14 @@ class DeepSpeedBackend:
     def _finish_engine(self, engine: Any) -> Any:
         plugin = self._state.deepspeed_plugin
         assert plugin is not None
+        engine.load_state_dict = partial(self._load_state_dict, engine)  # DeepSpeed's leaves the masters as they are
         engine.no_sync = nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
         # DeepSpeed's own cast leaves keyword arguments out.
         guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs or engine.fp16_auto_cast())
         compiling = self._state.dynamo_plugin.compile_options()
         if compiling is not None:
             engine.compile(backend=compiling.pop("backend"), compile_kwargs=compiling)
+        owners.remember(engine, self)
         return mark_prepared(engine)
 
     def _wrap(
@@ -251,6 +255,15 @@ class DeepSpeedBackend:
             engine.train_batch_size(),
             clips,
         )
+
+    def share(self, model: Any) -> EngineShare:
+        """What this rank holds of an engine's model, for checkpoints."""
+        own = next((stepper for stepper in self._steppers if stepper.engine is model), None)
+        return EngineShare(model, own)
+
+    def _load_state_dict(self, engine: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """In place of the engine's own; `assign` cannot be: the weights lie in ZeRO's buffers."""
+        return load_state_dict(self.share(engine), state_dict, strict)
 
     def explanation(self) -> ResolvedConfig | None:
         """What the newest `prepare()` resolved."""

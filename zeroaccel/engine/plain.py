@@ -12,9 +12,11 @@ from zeroaccel.config.facts import ResolvedConfig
 from zeroaccel.distributed.operations import convert_outputs_to_fp32
 from zeroaccel.engine.arguments import Kind, distinct, kind_of, mark_prepared, refuse_device_map, replace
 from zeroaccel.engine.backend import Setup
+from zeroaccel.engine.masters import PlainShare
 from zeroaccel.engine.optimizer import AcceleratedOptimizer, DummyOptim
 from zeroaccel.engine.plain_stepping import PlainStepper, check_at_epoch_end
 from zeroaccel.engine.scheduler import AcceleratedScheduler, DummyScheduler
+from zeroaccel.engine.unwrap import extract_model_from_parallel
 from zeroaccel.engine.weights import LossWeights
 from zeroaccel.engine.window import micro_batch
 from zeroaccel.errors import ConfigError
@@ -154,6 +156,11 @@ class PlainBackend:
         if dtype is None:
             return nullcontext()
         return torch.autocast(self._state.device.type, dtype=dtype, **(options or {}))
+
+    def share(self, model: Any) -> PlainShare:
+        """What there is of a prepared model, for checkpoints."""
+        module = extract_model_from_parallel(model, keep_torch_compile=False)
+        return PlainShare(module, self._steppers, self.scaler)
 
     def explanation(self) -> ResolvedConfig | None:
         """None: nothing was resolved."""

@@ -7,6 +7,10 @@ from zeroaccel.lazy import reexport
 __getattr__, __all__ = reexport(
     __name__,
     {
+        "zeroaccel.checkpoint.load_weights": [
+            "load_checkpoint_in_model",
+            "load_state_dict",
+        ],
         "zeroaccel.config.generic": [
             "convert_file_size_to_int",
         ],

@@ -7,6 +7,12 @@ from zeroaccel.lazy import reexport
 __getattr__, __all__ = reexport(
     __name__,
     {
+        "zeroaccel.checkpoint.files": [
+            "TORCH_SAFE_GLOBALS",
+            "clean_state_dict_for_safetensors",
+            "load",
+            "save",
+        ],
         "zeroaccel.commands.config": [
             "write_basic_config",
         ],
