@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib.util
 import json
 import os
-import runpy
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import CodeType, ModuleType
 
-_OWN_FRAMES = (__file__, runpy.__file__, "<frozen runpy>")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -56,13 +57,51 @@ def _become(program: str, arguments: list[str]) -> None:
 
 
 def _run(script: str, module: bool) -> None:
-    if module:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-        return
+    """Runs the script as `__main__`, and leaves it there: its threads and exit functions outlive it."""
+    main, code = _load_module(script) if module else _load_file(script)
+    sys.modules["__main__"] = main
+    exec(code, vars(main))
+
+
+def _load_file(script: str) -> tuple[ModuleType, CodeType]:
+    """A file as `python FILE` takes it; a folder or zip file, as there, with its `__main__.py`."""
     path = os.path.abspath(script)
+    spec = PathFinder.find_spec("__main__", [path])
     if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(os.path.realpath(path))
-    runpy.run_path(path, run_name="__main__")
+        sys.path[0] = os.path.dirname(os.path.realpath(path)) if spec is None else path
+    if spec is not None:
+        return _load(spec)
+    main = ModuleType("__main__")
+    main.__file__ = path
+    with open(path, "rb") as file:
+        return main, compile(file.read(), path, "exec", dont_inherit=True)
+
+
+def _load_module(name: str) -> tuple[ModuleType, CodeType]:
+    """A module as `python -m NAME` takes it.
+
+    Raises:
+        ImportError: there is none, or none that can be run.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:  # a package
+        name = f"{name}.__main__"
+        spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ImportError(f"there is no module {name}")
+    main, code = _load(spec)
+    sys.argv[0] = str(main.__file__)
+    return main, code
+
+
+def _load(spec: ModuleSpec) -> tuple[ModuleType, CodeType]:
+    main = importlib.util.module_from_spec(spec)
+    main.__name__ = "__main__"
+    get_code = getattr(spec.loader, "get_code", None)  # zip files' loader calls itself no InspectLoader
+    code = get_code(spec.name) if get_code is not None else None
+    if code is None:
+        raise ImportError(f"{spec.name} is no Python code: {spec.origin}")
+    return main, code
 
 
 def _die_with_launcher() -> None:
@@ -104,7 +143,7 @@ def _leave(stop: SystemExit) -> None:
 def _report(error: BaseException) -> None:
     """Notes an exception, and has it printed unless another rank of this machine noted one before."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in _OWN_FRAMES:
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
     error.__traceback__ = trace
     lines = "".join(traceback.format_exception_only(error)).splitlines()
