@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.checkpoint import resume  # noqa: E402
+from tests.checkpoint.resume import Run  # noqa: E402
 from tests.checkpoint.test_resume import EVERYWHERE, FROM, Pools  # noqa: E402
 from tests.distributed.pool import RankPool  # noqa: E402
 
@@ -23,26 +24,37 @@ PAGE = ROOT / "docs" / "checkpoints.md"
 MARK = "<!-- scripts/resume_matrix.py writes what follows -->"
 
 
+def column(pools: Pools, saved: Run) -> list[float]:
+    """Largest differences of every run that goes on where `saved` was saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        shown = pools[saved.ranks].run(resume.save_and_go_on, run=saved, folder=folder)[0]
+        return [
+            resume.difference(shown, pools[run.ranks].run(resume.resume, run=run, folder=folder)[0])
+            for run in EVERYWHERE
+        ]
+
+
+def write(columns: list[list[float]]) -> None:
+    """Puts the table into the page."""
+    rows = [f"| resumed as | {' | '.join(map(str, FROM))} |", "|---|" + "---|" * len(FROM)]
+    for run, found in zip(EVERYWHERE, zip(*columns, strict=True), strict=True):
+        rows.append(f"| {run} | {' | '.join(f'{one:.0e}' for one in found)} |")
+    text = PAGE.read_text(encoding="utf-8").split(MARK)[0]
+    PAGE.write_text(f"{text}{MARK}\n" + "\n".join(rows) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Fills the table."""
     two = RankPool(2)
-    pools = Pools(two)
-    rows = [f"| resumed as | {' | '.join(map(str, FROM))} |", "|---|" + "---|" * len(FROM)]
-    cells: dict[str, list[str]] = {str(run): [] for run in EVERYWHERE}
+    pools, columns = Pools(two), []
     try:
         for saved in FROM:
-            with tempfile.TemporaryDirectory() as folder:
-                shown = pools[saved.ranks].run(resume.save_and_go_on, run=saved, folder=folder)[0]
-                for run in EVERYWHERE:
-                    again = pools[run.ranks].run(resume.resume, run=run, folder=folder)[0]
-                    cells[str(run)].append(f"{resume.difference(shown, again):.0e}")
+            columns.append(column(pools, saved))
             print(saved, flush=True)
     finally:
         pools.close()
         two.close()
-    rows += [f"| {name} | {' | '.join(found)} |" for name, found in cells.items()]
-    text = PAGE.read_text(encoding="utf-8").split(MARK)[0]
-    PAGE.write_text(f"{text}{MARK}\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    write(columns)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zeroaccel.checkpoint import export, files
 from zeroaccel.checkpoint.contents import Contents
+from zeroaccel.checkpoint.preemption import Preemption
 from zeroaccel.checkpoint.state import Checkpoints, check_registrable
 from zeroaccel.config import environment
 from zeroaccel.config.options import (
@@ -218,6 +219,7 @@ class Accelerator:
         self._reset_loop()
         self._backend = make_backend(self._setup(typed, implicit), self.state, self.gradient_state)
         self._checkpoints = Checkpoints(self.project_configuration)
+        self._preemption = Preemption()
 
     # --- construction -------------------------------------------------------------------------------------------
 
@@ -721,6 +723,10 @@ class Accelerator:
         Raises:
             ConfigError: stage 3 without `stage3_gather_16bit_weights_on_model_save`.
         """
+        export.check_gathering_allowed(model)
+        return self._whole_weights(model, unwrap)
+
+    def _whole_weights(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any] | None:
         return export.get_state_dict(model, unwrap, copy=self.deepspeed_plugin is not None)
 
     def save_model(
@@ -817,7 +823,7 @@ class Accelerator:
             ConfigError: no folder, or a numbered one that is taken.
         """
         return self._checkpoints.save(
-            self._contents(), self._models, output_dir, save_model_func_kwargs, self.get_state_dict
+            self._contents(), self._models, output_dir, save_model_func_kwargs, self._whole_weights
         )
 
     def load_state(
@@ -835,8 +841,9 @@ class Accelerator:
             input_dir: folder; None: the newest complete one of the numbered checkpoints.
             load_kwargs: of `torch.load`, for registered objects.
             load_model_func_kwargs: `load_module_only=True` loads weights and nothing else;
-                `load_optimizer_states=False`, `load_lr_scheduler_states=False`; `load_module_strict=False` ignores
-                parameters that only the checkpoint or only the model has.
+                `load_optimizer_states=False`, `load_lr_scheduler_states=False`; `load_module_strict=False` (or
+                `strict=False`) ignores parameters that only the checkpoint or only the model has; `map_location` is
+                accepted, everything is loaded to where it lies in this run.
 
         Raises:
             ConfigError: the folder does not exist.
@@ -846,6 +853,30 @@ class Accelerator:
         held = self._models, self._optimizers
         step = self._checkpoints.load(self._contents(), *held, input_dir, load_kwargs, options)
         self.step = self.step if step is None else step
+
+    def should_checkpoint(self) -> bool:
+        """Whether it is time to save and leave: SIGTERM came to some rank. Every rank must ask.
+
+        The first call has SIGTERM heard instead of ending the process. Ask where a step ends; inside of an
+        accumulation window the answer is False. Costs one small exchange between the ranks.
+
+            if accelerator.should_checkpoint():
+                accelerator.save_state()
+                accelerator.end_training()
+                sys.exit(zeroaccel.checkpoint.PREEMPTED)  # 143: start me again
+        """
+        return self.sync_gradients and self._preemption.came()
+
+    def newest_checkpoint(self) -> str | None:
+        """Folder of the newest complete numbered checkpoint, which `load_state()` takes. Every rank must call it.
+
+        Returns:
+            None before the first one.
+
+        Raises:
+            ConfigError: checkpoints are not numbered.
+        """
+        return self._checkpoints.newest()
 
     def verify_device_map(self, model: torch.nn.Module) -> bool:
         """Whether the model is spread over several devices by a device map."""

@@ -12,5 +12,6 @@ __getattr__, __all__ = reexport(
             "get_fp32_state_dict_from_zero_checkpoint",
             "load_state_dict_from_zero_checkpoint",
         ],
+        "zeroaccel.checkpoint.preemption": ["PREEMPTED"],
     },
 )

@@ -19,6 +19,7 @@ from zeroaccel.checkpoint import folders, manifest
 from zeroaccel.checkpoint.deepspeed_folder import DeepSpeedFolder
 from zeroaccel.checkpoint.fragments import Fragments
 from zeroaccel.checkpoint.load_weights import load_tensors
+from zeroaccel.checkpoint.progress import measured
 from zeroaccel.checkpoint.tensor_file import Layout
 from zeroaccel.checkpoint.weight_files import Export, Weight, check_folder
 from zeroaccel.config.generic import convert_file_size_to_int
@@ -104,7 +105,7 @@ def _own_folder(folder: str) -> str | None:
         return folder
     above, name = os.path.split(os.path.abspath(folder))
     project = ProjectConfiguration(project_dir=above if name == "checkpoints" else folder)
-    return next((path for path in reversed(folders.numbered(project).values()) if manifest.is_complete(path)), None)
+    return folders.newest(project)
 
 
 def _of_manifest(folder: str, number: int, exclude_frozen_parameters: bool) -> list[Weight]:
@@ -112,7 +113,9 @@ def _of_manifest(folder: str, number: int, exclude_frozen_parameters: bool) -> l
     if not 0 <= number < len(found.models):
         raise ConfigError(f"{folder} holds {len(found.models)} models, counted from 0: there is no model {number}")
     model = found.models[number]
-    manifest.verify(folder, found, model.files)
+    size = sum(file.size for file in found.files if file.name in model.files)
+    with measured(f"{folder} verified", size) as progress:
+        manifest.verify(folder, found, model.files, progress)
     if model.left_out and not exclude_frozen_parameters:
         raise CheckpointError(
             f"{folder} was saved without its {len(model.left_out)} frozen parameters: write"

@@ -112,13 +112,10 @@ def get_state_dict(model: torch.nn.Module, unwrap: bool = True, copy: bool = Tru
         Under DeepSpeed on rank 0 a copy on the CPU, in which tied weights are one tensor. Other ranks copy nothing:
         they get None at stage 3, below it the live tensors.
 
-    Raises:
-        ConfigError: stage 3 without `stage3_gather_16bit_weights_on_model_save`.
     """
     module = extract_model_from_parallel(model) if unwrap or copy else model
     if not copy:
         return module.state_dict()
-    _check_gathering_allowed(model)
     entries, others = entries_of(module)
     main = PartialState().is_main_process
     copies: dict[str, Any] = {}
@@ -133,7 +130,12 @@ def get_state_dict(model: torch.nn.Module, unwrap: bool = True, copy: bool = Tru
     return ordered
 
 
-def _check_gathering_allowed(model: Any) -> None:
+def check_gathering_allowed(model: Any) -> None:
+    """Refuses to put the whole model into rank 0's memory where nobody has asked for that.
+
+    Raises:
+        ConfigError: stage 3 without `stage3_gather_16bit_weights_on_model_save`.
+    """
     allowed = getattr(model, "zero_gather_16bit_weights_on_model_save", None)
     if allowed is not None and model.zero_optimization_stage() == 3 and not allowed():
         raise ConfigError(

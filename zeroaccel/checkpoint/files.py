@@ -36,7 +36,7 @@ def clean_state_dict_for_safetensors(state_dict: Mapping[str, Any]) -> dict[str,
     for name, tensor in state_dict.items():
         identity = same_weight(tensor)
         if identity in kept:
-            logger.warning(f"{name} is the same tensor as {kept[identity]}, which alone is saved")
+            logger.warning(f"Removed shared tensor {name}: {kept[identity]}, which is the same, is saved")
             continue
         kept[identity] = name
         cleaned[name] = tensor.contiguous()

@@ -75,15 +75,30 @@ def to_load(input_dir: str | os.PathLike[str] | None, project: ProjectConfigurat
         if not os.path.isdir(folder):
             raise ConfigError(f"the folder {folder!r} does not exist")
         return folder
+    check_numbers(project)
+    found = newest(project)
+    if found is None:
+        raise CheckpointError(f"{_root(project)} holds no complete checkpoint")
+    return found
+
+
+def check_numbers(project: ProjectConfiguration) -> None:
+    """Refuses a project that numbers no checkpoints.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if not project.automatic_checkpoint_naming:
         raise ConfigError(
-            "load_state() without a folder takes the newest of the numbered checkpoints, which need"
-            " ProjectConfiguration(automatic_checkpoint_naming=True): pass load_state(folder)"
+            "the newest checkpoint is the newest of the numbered ones, which need"
+            " ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True); without, name the folder:"
+            " load_state(folder)"
         )
-    for folder in reversed(numbered(project).values()):
-        if manifest.is_complete(folder):
-            return folder
-    raise CheckpointError(f"{_root(project)} holds no complete checkpoint")
+
+
+def newest(project: ProjectConfiguration) -> str | None:
+    """The newest complete numbered checkpoint; None where there is none."""
+    return next((folder for folder in reversed(numbered(project).values()) if manifest.is_complete(folder)), None)
 
 
 def number_of(folder: str, project: ProjectConfiguration) -> int | None:

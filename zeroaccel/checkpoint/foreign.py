@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from zeroaccel.config.constants import (
     SCHEDULER_NAME,
     WEIGHTS_NAME,
 )
-from zeroaccel.errors import CheckpointError, UnsupportedError
+from zeroaccel.errors import CheckpointError
 from zeroaccel.logging import library_logger
 from zeroaccel.state import PartialState
 
@@ -77,16 +78,6 @@ def load(contents: Contents, models: list[Any], optimizers: list[Any], folder: s
 
 
 def _load_engine(model: Any, number: int, folder: str, what: What) -> None:
-    if getattr(model.optimizer, "swap_optimizer", False):
-        raise UnsupportedError(
-            f"{folder} was written by DeepSpeed, which loses the optimizer state on NVMe when it loads: load it with"
-            " offload_optimizer_device='cpu', save_state(), and load that"
-        )
-    if not what.rest and model.zero_optimization_stage() == 3:
-        raise UnsupportedError(
-            f"load_module_only=True with {folder}: DeepSpeed loads nothing then at stage 3. Turn the folder into"
-            " weights with `zeroaccel merge-weights`, and load these"
-        )
     named = _numbered(MODEL_NAME, number)
     tag = named if os.path.isdir(os.path.join(folder, named)) else None  # that of the file `latest`
     logger.warning(f"{folder} was written by DeepSpeed, which unpickles it: load only what you trust")
@@ -118,6 +109,11 @@ def _load_plain(model: Any, number: int, folder: str) -> None:
 def _apply(load_state_dict: Callable[[Any], object], path: str, **options: Any) -> None:
     try:
         state = files.load(path, **{"map_location": "cpu", **options})
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, numbers and containers, and reading that runs code of the file. If you"
+            ' trust it: load_state(folder, load_kwargs={"weights_only": False})'
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     load_state_dict(state)

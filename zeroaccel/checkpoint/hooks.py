@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
@@ -29,36 +30,47 @@ class Hooks:
             hook(*arguments)
 
 
-class LazyWeights(Mapping[str, Any]):
-    """A model's weights for a hook: put together when the first one reads it. All ranks must read it, or none.
+class LazyWeights(dict[str, Any]):
+    """A model's weights for a hook: put together when the first one looks into it. All ranks must look, or none.
 
     Args:
         gather: gives the state dict on rank 0, and perhaps None elsewhere.
     """
 
     def __init__(self, gather: Callable[[], dict[str, Any] | None]) -> None:
-        self._gather = gather
-        self._weights: dict[str, Any] | None = None
+        super().__init__()
+        self._gather: Callable[[], dict[str, Any] | None] | None = gather
 
-    def _gathered(self) -> dict[str, Any]:
-        if self._weights is None:
-            self._weights = self._gather() or {}
-        return self._weights
-
-    def __getitem__(self, name: str) -> Any:
-        return self._gathered()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._gathered())
-
-    def __len__(self) -> int:
-        return len(self._gathered())
+    def _fill(self) -> None:
+        gather, self._gather = self._gather, None
+        if gather is not None:
+            dict.update(self, gather() or {})
 
     def __bool__(self) -> bool:
         return True  # `if weights:` of a hook asks for the list, and must gather nothing
 
     def __reduce__(self) -> Any:
-        return dict, (self._gathered(),)
+        # In a file it is what a module's state dict is, and torch.load(weights_only=True) reads it.
+        return OrderedDict, (), None, None, iter(self.items())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({'not gathered yet' if self._weights is None else f'{len(self)} tensors'})"
+        return f"{type(self).__name__}({'not gathered yet' if self._gather else f'{len(self)} tensors'})"
+
+
+def _after_filling(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+
+    @functools.wraps(method)
+    def filled(self: LazyWeights, *arguments: Any, **options: Any) -> Any:
+        self._fill()
+        return method(self, *arguments, **options)
+
+    return filled
+
+
+for _name in (
+    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__", "__or__"),
+    *("__reversed__", "__ror__", "__setitem__", "clear", "copy", "get", "items", "keys", "pop", "popitem"),
+    *("setdefault", "update", "values"),
+):
+    setattr(LazyWeights, _name, _after_filling(_name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,17 +78,19 @@ class _Load:
         first = self._state.is_main_process
         self._found: Manifest = together(lambda: manifest.read(self._folder) if first else None, self._doing)[0]  # type: ignore[assignment]
         with measured(f"checkpoint loaded from {self._folder}", self._found.size, first) as progress:
+            # All ranks do as much as this one, and read everything twice: to verify it, to load it.
+            self._progress: Callable[[int], None] = lambda done: progress(done * self._state.num_processes // 2)
             together(self._verify, self._doing)
             together(self._open, self._doing)
             self._load_models()
-            progress(self._found.size)
         together(self._restore, self._doing)
         return int(self._common["step"])
 
     def _verify(self) -> None:
         """Each rank reads its part of the files."""
-        names = [file.name for file in self._found.files]
-        manifest.verify(self._folder, self._found, names[self._state.process_index :: self._state.num_processes])
+        files = sorted(self._found.files, key=lambda file: -file.size)
+        own = [file.name for file in files[self._state.process_index :: self._state.num_processes]]
+        manifest.verify(self._folder, self._found, own, self._progress)
 
     def _open(self) -> None:
         """Reads what is small, and compares everything with the run."""
@@ -219,6 +221,7 @@ class _Load:
             for kind, tensor in tensors.items():
                 if with_state if kind.startswith(STATE) else with_weights:
                     _fill_tensor(shard, kind, tensor, stored)
+                    self._progress(tensor.nbytes)
 
     # --- the rest -----------------------------------------------------------------------------------------------
 

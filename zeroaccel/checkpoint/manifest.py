@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -191,18 +192,25 @@ def remove(folder: str) -> None:
     shutil.rmtree(folder)
 
 
-def checksum(path: str) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
+def checksum(path: str, progress: Callable[[int], object]) -> tuple[int, int]:
+    """Size and CRC-32 of a file; `progress` is told the bytes read."""
     size, crc = 0, 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
             crc = zlib.crc32(chunk, crc)
             size += len(chunk)
+            progress(len(chunk))
     return size, crc
 
 
-def verify(folder: str, manifest: Manifest, names: list[str]) -> None:
+def verify(folder: str, manifest: Manifest, names: list[str], progress: Callable[[int], object]) -> None:
     """Reads files and compares them with their checksums.
+
+    Args:
+        folder: of the checkpoint.
+        manifest: its manifest.
+        names: of the files.
+        progress: is told the bytes read.
 
     Raises:
         CheckpointError: names every file that is missing or damaged.
@@ -213,7 +221,7 @@ def verify(folder: str, manifest: Manifest, names: list[str]) -> None:
             continue
         path = manifest.path(folder, file.name)
         try:
-            size, crc = checksum(path)
+            size, crc = checksum(path, progress)
         except OSError as error:
             problems.append(f"{path} cannot be read: {error}")
             continue

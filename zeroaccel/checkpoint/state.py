@@ -18,7 +18,14 @@ from zeroaccel.errors import ConfigError, UnsupportedError
 from zeroaccel.state import PartialState
 
 _SAVE_OPTIONS = ("exclude_frozen_parameters",)
-_LOAD_OPTIONS = ("load_module_only", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states")
+_LOAD_OPTIONS = (
+    *("load_module_only", "load_module_strict", "load_optimizer_states", "load_lr_scheduler_states"),
+    *("strict", "map_location"),  # of Accelerate's plain path
+)
+_REMEDIES = {
+    "client_state": "give its object state_dict and load_state_dict, and call register_for_checkpointing(object)",
+    "tag": "name the folder",
+}
 
 Folder = str | os.PathLike[str] | None
 
@@ -62,7 +69,8 @@ class Checkpoints:
         saving = Save(contents, folder, **options)
         check = partial(folders.check_free, folder) if self.project.automatic_checkpoint_naming else None
         saving.begin(check)
-        self.before_save.run(list(models), [LazyWeights(partial(weights_of, model)) for model in models], folder)
+        weights = [LazyWeights(partial(weights_of, model)) for model in models]
+        together(lambda: self.before_save.run(list(models), weights, folder), f"the hooks before saving into {folder}")
         saving.write()
         self.project.iteration += 1
         if self.project.automatic_checkpoint_naming:
@@ -96,7 +104,7 @@ class Checkpoints:
         found = together(lambda: self._find(input_dir) if main else None, doing)[0]
         folder, is_foreign = found or ("", False)
         left = list(models)
-        self.before_load.run(left, folder)
+        together(lambda: self.before_load.run(left, folder), f"the hooks before loading {folder}")
         taken = {number for number, model in enumerate(models) if any(model is one for one in left)}
         everything = not options.get("load_module_only", False)
         what = What(
@@ -104,7 +112,7 @@ class Checkpoints:
             optimizer=everything and options.get("load_optimizer_states", True),
             schedulers=everything and options.get("load_lr_scheduler_states", True),
             rest=everything,
-            strict=options.get("load_module_strict", True),
+            strict=options.get("strict", True) and options.get("load_module_strict", True),
             options=dict(load_kwargs or {}),
         )
         step = foreign.load(contents, models, optimizers, folder, what) if is_foreign else load(contents, folder, what)
@@ -113,6 +121,19 @@ class Checkpoints:
             self.project.iteration = max(self.project.iteration, number + 1)
         return step if everything else None
 
+    def newest(self) -> str | None:
+        """Folder of the newest complete numbered checkpoint, None before the first. Collective.
+
+        Raises:
+            ConfigError: the project has no folder, or numbers no checkpoints.
+        """
+        main = PartialState().is_main_process
+        return together(lambda: self._newest() if main else None, "looking for a checkpoint")[0]
+
+    def _newest(self) -> str | None:
+        folders.check_numbers(self.project)
+        return folders.newest(self.project)
+
     def _find(self, input_dir: Folder) -> tuple[str, bool]:
         folder = folders.to_load(input_dir, self.project)
         return folder, foreign.is_foreign(folder)
@@ -120,7 +141,8 @@ class Checkpoints:
 
 def _refuse_unknown(function: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
     if unknown := sorted(set(options) - set(known)):
-        raise UnsupportedError(f"{function} takes no {', '.join(unknown)}: it takes {', '.join(known)}")
+        remedies = "".join(f"; {_REMEDIES[name]} instead of {name}" for name in unknown if name in _REMEDIES)
+        raise UnsupportedError(f"{function} takes no {', '.join(unknown)}: it takes {', '.join(known)}{remedies}")
 
 
 def check_registrable(objects: tuple[Any, ...]) -> None:
@@ -130,12 +152,12 @@ def check_registrable(objects: tuple[Any, ...]) -> None:
         ConfigError: names each object without `state_dict` and `load_state_dict`.
     """
     lacking = [
-        f"{type(one).__name__} (argument {number})"
+        f"\n  Item at index {number}: {type(one).__name__}"
         for number, one in enumerate(objects)
         if not callable(getattr(one, "state_dict", None)) or not callable(getattr(one, "load_state_dict", None))
     ]
     if lacking:
         raise ConfigError(
-            "register_for_checkpointing needs objects with both state_dict and load_state_dict, which are lacking in"
-            f" {', '.join(lacking)}"
+            "register_for_checkpointing needs objects with both state_dict and load_state_dict, which are lacking in:"
+            f"{''.join(lacking)}"
         )

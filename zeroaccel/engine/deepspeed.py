@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zeroaccel.config import auto, schema
 from zeroaccel.config.facts import Facts, ResolvedConfig
-from zeroaccel.engine import compat, construction, facts, owners, stepping
+from zeroaccel.engine import compat, construction, facts, native_checkpoints, owners, stepping
 from zeroaccel.engine.arguments import (
     Kind,
     distinct,
@@ -190,6 +190,8 @@ class DeepSpeedBackend:
         plugin = self._state.deepspeed_plugin
         assert plugin is not None
         engine.load_state_dict = partial(self._load_state_dict, engine)  # DeepSpeed's leaves the masters as they are
+        engine.save_checkpoint = partial(native_checkpoints.save, engine, self.share, engine.save_checkpoint)
+        engine.load_checkpoint = partial(native_checkpoints.load, engine, self.share, engine.load_checkpoint)
         engine.no_sync = nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
         # DeepSpeed's own cast leaves keyword arguments out.
         guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs or engine.fp16_auto_cast())
