@@ -20,7 +20,6 @@ import pytest
 # Modules that have no counterpart. A name in them that `accelerate` or `accelerate.utils` shows, too, is in ABSENT.
 ABSENT_MODULES = {
     "big_modeling": "big model inference",
-    "checkpointing": "inside of save_state and load_state, whose files differ (docs/checkpoints.md)",
     "hooks": "big model inference",
     "inference": "pipeline-parallel inference",
     "local_sgd": "local SGD averages weights, ZeRO splits them",

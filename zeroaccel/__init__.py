@@ -53,6 +53,7 @@ __getattr__, __all__ = reexport(
     submodules=[
         "accelerator",
         "checkpoint",
+        "checkpointing",
         "commands",
         "data_loader",
         "launchers",

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import pickle
-import random
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import numpy
-import torch
-
-from zeroaccel.checkpoint import files, manifest
+from zeroaccel.checkpoint import accelerate_folder, manifest
+from zeroaccel.checkpoint.accelerate_folder import LOADER_NAME, custom_name, numbered, read
+from zeroaccel.checkpoint.agreement import together
 from zeroaccel.checkpoint.contents import Contents
 from zeroaccel.checkpoint.load import What
 from zeroaccel.config.constants import (
     MODEL_NAME,
     OPTIMIZER_NAME,
-    RNG_STATE_NAME,
     SAFE_WEIGHTS_NAME,
+    SCALER_NAME,
     SCHEDULER_NAME,
     WEIGHTS_NAME,
 )
@@ -34,12 +31,6 @@ def is_foreign(folder: str) -> bool:
     names = os.listdir(folder)
     known = ("latest", MODEL_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
     return manifest.NAME not in names and any(name in names for name in known)
-
-
-def _numbered(name: str, number: int) -> str:
-    """Accelerate's name of the second file of a kind and of those behind it: `scheduler_1.bin`."""
-    stem, dot, suffix = name.partition(".")
-    return name if number == 0 else f"{stem}_{number}{dot}{suffix}"
 
 
 def load(contents: Contents, models: list[Any], optimizers: list[Any], folder: str, what: What) -> int | None:
@@ -58,27 +49,18 @@ def load(contents: Contents, models: list[Any], optimizers: list[Any], folder: s
         CheckpointError: something is missing or does not fit. DeepSpeed's own errors, where its engine loads: it needs
             the same number of ranks, ZeRO stage and offload.
     """
-    for number, model in enumerate(models):
-        if what.weights is None or number in what.weights:
-            if hasattr(model, "load_checkpoint"):
-                _load_engine(model, number, folder, what)
-            else:
-                _load_plain(model, number, folder)
+    taken = [(number, model) for number, model in enumerate(models) if what.weights is None or number in what.weights]
     engines = any(hasattr(model, "load_checkpoint") for model in models)
-    for number, optimizer in enumerate([] if engines or not what.optimizer else optimizers):
-        _apply(optimizer.load_state_dict, os.path.join(folder, _numbered(f"{OPTIMIZER_NAME}.bin", number)))
-    for number, scheduler in enumerate(contents.schedulers if what.schedulers else []):
-        path = os.path.join(folder, _numbered(f"{SCHEDULER_NAME}.bin", number))
-        if not engines or os.path.exists(path):  # the engine has loaded what it steps itself
-            _apply(scheduler.load_state_dict, path)
-    if what.rest:
-        for number, one in enumerate(contents.objects):
-            _apply(one.load_state_dict, os.path.join(folder, f"custom_checkpoint_{number}.pkl"), **what.options)
-    return _set_random_states(folder) if what.rest else None
+    for number, model in taken if engines else []:
+        _load_engine(model, number, folder, what)
+    if not engines:
+        together(partial(_load_plain, contents, taken, optimizers, folder, what), f"loading {folder}")
+    found = together(partial(_load_rest, contents, engines, folder, what), f"loading {folder}")
+    return found[PartialState().process_index]
 
 
 def _load_engine(model: Any, number: int, folder: str, what: What) -> None:
-    named = _numbered(MODEL_NAME, number)
+    named = numbered(MODEL_NAME, number)
     tag = named if os.path.isdir(os.path.join(folder, named)) else None  # that of the file `latest`
     logger.warning(f"{folder} was written by DeepSpeed, which unpickles it: load only what you trust")
     path, _ = model.load_checkpoint(
@@ -93,43 +75,30 @@ def _load_engine(model: Any, number: int, folder: str, what: What) -> None:
         raise CheckpointError(f"DeepSpeed found no checkpoint {tag or 'that the file latest names'} in {folder}")
 
 
-def _load_plain(model: Any, number: int, folder: str) -> None:
-    safe = os.path.join(folder, _numbered(SAFE_WEIGHTS_NAME, number))
-    if os.path.exists(safe):
-        import safetensors.torch
-
-        # Without this strictness tied weights, which are stored once, would be missing.
-        missing, unexpected = safetensors.torch.load_model(model, safe, strict=False)
-        if missing or unexpected:
-            raise CheckpointError(f"{safe} does not fit {type(model).__name__}: {[*missing, *unexpected]}")
-        return
-    _apply(model.load_state_dict, os.path.join(folder, _numbered(WEIGHTS_NAME, number)))
-
-
-def _apply(load_state_dict: Callable[[Any], object], path: str, **options: Any) -> None:
-    try:
-        state = files.load(path, **{"map_location": "cpu", **options})
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, numbers and containers, and reading that runs code of the file. If you"
-            ' trust it: load_state(folder, load_kwargs={"weights_only": False})'
-        ) from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    load_state_dict(state)
+def _load_plain(
+    contents: Contents, models: list[tuple[int, Any]], optimizers: list[Any], folder: str, what: What
+) -> None:
+    """What DeepSpeed's engine loads otherwise."""
+    for number, model in models:
+        accelerate_folder.load_weights(model, folder, number, what.strict)
+    for number, optimizer in enumerate(optimizers if what.optimizer else []):
+        optimizer.load_state_dict(read(os.path.join(folder, numbered(f"{OPTIMIZER_NAME}.bin", number))))
+    scaler = os.path.join(folder, SCALER_NAME)
+    if what.rest and os.path.exists(scaler):
+        state = read(scaler)
+        for share in contents.shares:
+            share.set_counters({"cur_scale": state["scale"], "grad_scaler": state})
 
 
-def _set_random_states(folder: str) -> int | None:
-    rank = PartialState().process_index
-    path = os.path.join(folder, f"{RNG_STATE_NAME}_{rank}.pkl")
-    if not os.path.exists(path):
-        logger.warning(f"{path} is not there: rank {rank} goes on with its own random states")
+def _load_rest(contents: Contents, engines: bool, folder: str, what: What) -> int | None:
+    for number, scheduler in enumerate(contents.schedulers if what.schedulers else []):
+        path = os.path.join(folder, numbered(f"{SCHEDULER_NAME}.bin", number))
+        if not engines or os.path.exists(path):  # the engine has loaded what it steps itself
+            scheduler.load_state_dict(read(path))
+    if not what.rest:
         return None
-    states = files.load(path)
-    random.setstate(states["random_state"])
-    numpy.random.set_state(states["numpy_random_seed"])
-    torch.set_rng_state(states["torch_manual_seed"])
-    if torch.cuda.is_available() and "torch_cuda_manual_seed" in states:
-        torch.cuda.set_rng_state_all(states["torch_cuda_manual_seed"])
-    step: int | None = states.get("step")
-    return step
+    for number, one in enumerate(contents.objects):
+        one.load_state_dict(read(os.path.join(folder, custom_name(number)), **what.options))
+    if os.path.exists(os.path.join(folder, f"{LOADER_NAME}.bin")):
+        logger.warning(f"{folder} holds positions of loaders as torchdata keeps them: they are not taken over")
+    return accelerate_folder.set_random_states(folder, PartialState().process_index)
