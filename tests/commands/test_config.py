@@ -18,7 +18,7 @@ import yaml
 
 from tests.commands.runs import PROGRAMS, clean_environment
 from zeroaccel.commands import launch
-from zeroaccel.commands.config_questions import QUESTIONS
+from zeroaccel.commands.config.questions import QUESTIONS
 from zeroaccel.commands.main import main
 from zeroaccel.config import launch_file
 from zeroaccel.config.launch_schema import PLACES

@@ -14,7 +14,7 @@ from torch.optim import SGD
 from tests.commands.runs import run as run_program
 from tests.distributed.pool import RankPool
 from tests.engine.small import Net, accelerator, loader
-from zeroaccel.commands import explain
+from zeroaccel.commands.config import explain
 from zeroaccel.config.document import leaves
 from zeroaccel.errors import ConfigError, ZeroAccelError
 from zeroaccel.utils import DummyOptim, DummyScheduler

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.commands.runs import run as run_program
-from zeroaccel.commands import validate
+from zeroaccel.commands.config import validate
 
 TEMPLATES = Path(__file__).parents[2] / "examples" / "deepspeed_config_templates"
 
@@ -196,7 +196,7 @@ LAUNCHES: dict[str, tuple[str, list[tuple[str, ...]]]] = {
     ),
     "no such DeepSpeed config": (
         "  deepspeed_config_file: none.json\n",
-        [("4:3", "'none.json' is neither an existing file nor JSON")],
+        [("4:3", "there is no DeepSpeed config 'none.json'")],
     ),
 }
 

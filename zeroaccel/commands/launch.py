@@ -11,14 +11,18 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from zeroaccel.commands import launch_slurm
 from zeroaccel.commands.job import DEFAULT_PORT, ElasticJob, Job, Meeting, Script, ScriptKind
 from zeroaccel.commands.launch_options import DEEPSPEED_ONLY, RENDEZVOUS, launch_command_parser, parse
-from zeroaccel.commands.launch_settings import Settings, deepspeed_launcher, settle, tell
+from zeroaccel.commands.launch_settings import Settings, configuration, deepspeed_launcher, settle, tell
 from zeroaccel.config import environment
 from zeroaccel.config.precedence import FIELD_KEYS
 from zeroaccel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zeroaccel.commands.config.config_args import ClusterConfig
 
 __all__ = ["check", "fields", "launch_command", "launch_command_parser", "plan", "run"]
 
@@ -42,6 +46,24 @@ def launch_command(args: argparse.Namespace) -> None:
         raise SystemExit(status)
 
 
+def _validate_launch_command(args: argparse.Namespace) -> tuple[argparse.Namespace, ClusterConfig | None, bool]:
+    """Adds the launch configuration to what `launch_command_parser()` has read, for programs that look at it.
+
+    Returns:
+        `args` itself; the launch configuration, None without one; whether `mixed_precision` comes from it.
+
+    Raises:
+        ConfigError: the launch configuration or an option cannot work.
+    """
+    from zeroaccel.commands.config.config_args import load_config_from_file
+
+    path, settings = configuration(args), settle(args)
+    if problems := _option_problems(settings):
+        raise ConfigError.join(problems)
+    vars(args).update(vars(settings.options))
+    return args, None if path is None else load_config_from_file(path), "mixed_precision" in settings.places
+
+
 def _launch(typed: argparse.Namespace) -> int:
     settings = settle(typed)
     check(settings)
@@ -62,8 +84,13 @@ def check(settings: Settings) -> None:
     Raises:
         ConfigError: all that is missing or contradicts itself, at once.
     """
+    if problems := [*_script_problems(settings.options), *_option_problems(settings)]:
+        raise ConfigError.join(problems)
+
+
+def _option_problems(settings: Settings) -> list[str]:
     options = settings.options
-    problems = _script_problems(options)
+    problems = []
     if options.cpu and (options.multi_gpu or _gpu_ids(options)):
         asked = settings.given("multi_gpu", "gpu_ids")
         problems.append(f"{settings.name('cpu')} leaves the GPUs alone, {asked} asks for some: leave one side away")
@@ -75,8 +102,7 @@ def check(settings: Settings) -> None:
         _check_plugin(settings)
     except ConfigError as error:
         problems.append(str(error))
-    if problems:
-        raise ConfigError.join(problems)
+    return problems
 
 
 def _script_problems(options: argparse.Namespace) -> list[str]:
@@ -285,7 +311,12 @@ def _count_devices(settings: Settings) -> int:
     return launch_elastic.device_count()
 
 
-if __name__ == "__main__":
-    from zeroaccel.commands.main import main
+def main() -> int:
+    """`zeroaccel launch` with the arguments of this program; returns its exit status."""
+    from zeroaccel.commands import main as program
 
-    sys.exit(main(["launch", *sys.argv[1:]]))
+    return program.main(["launch", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

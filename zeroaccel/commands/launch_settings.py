@@ -75,15 +75,23 @@ def _add(settings: Settings, name: str, value: Any, place: str) -> None:
 Found = dict[str, tuple[Any, str]]
 
 
-def _read_file(typed: argparse.Namespace) -> Found:
-    """The options of the launch configuration, with their places."""
-    if typed.config_file is None and typed.cpu:
-        return {}
+def configuration(typed: argparse.Namespace) -> str | None:
+    """Path of the launch configuration that holds; None: none does."""
+    if typed.config_file is not None or typed.cpu:
+        return None if typed.config_file is None else str(typed.config_file)
     from zeroaccel.config import launch_file  # YAML takes time to load
 
-    path = typed.config_file or launch_file.default_path()
-    if typed.config_file is None and not os.path.exists(path):
+    path = launch_file.default_path()
+    return path if os.path.exists(path) else None
+
+
+def _read_file(typed: argparse.Namespace) -> Found:
+    """The options of the launch configuration, with their places."""
+    path = configuration(typed)
+    if path is None:
         return {}
+    from zeroaccel.config import launch_file
+
     values, lines = launch_file.read(path), launch_file.lines(path)
     return {name: (value, f"{path}:{lines[name]}") for name, value in values.items()}
 

@@ -17,7 +17,7 @@ COMMANDS = {
     "env": ("zeroaccel.commands.env", "what is installed here, and which of DeepSpeed's ops are ready"),
     "estimate-memory": ("zeroaccel.commands.estimate", "what training a model needs of GPUs and hosts"),
     "merge-weights": ("zeroaccel.commands.merge", "put the weights of a checkpoint together"),
-    "test": ("zeroaccel.commands.selftest", "train on every ZeRO stage here, compare with plain PyTorch"),
+    "test": ("zeroaccel.commands.test", "train on every ZeRO stage here, compare with plain PyTorch"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 
 from zeroaccel.commands.arguments import OneLineParser, add_option, number
@@ -87,3 +88,14 @@ def merge_command(args: argparse.Namespace) -> int:
     if args.remove_checkpoint_dir:
         shutil.rmtree(source)
     return 0
+
+
+def main() -> int:
+    """`zeroaccel merge-weights` with the arguments of this program; returns its exit status."""
+    from zeroaccel.commands import main as program
+
+    return program.main(["merge-weights", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from zeroaccel.accelerator import Accelerator
-from zeroaccel.commands.selftest import PASSED
+from zeroaccel.commands.test import PASSED
 from zeroaccel.config import environment
 from zeroaccel.config.env_patch import patch_environment
 from zeroaccel.config.plugin import DeepSpeedPlugin

@@ -201,7 +201,7 @@ def values(document: HfDeepSpeedConfig) -> list[Problem]:
         if device == "nvme" and path in (None, "", "none"):
             told = (
                 f"{key} is 'nvme' without nvme_path: name a folder on a fast disk"
-                f" (DeepSpeedPlugin({part}_nvme_path=...), or nvme_path in the config)"
+                f" (--{part}_nvme_path, DeepSpeedPlugin({part}_nvme_path=...), or nvme_path in the config)"
             )
             problems.append(Problem(key, told))
     clipping = document.get_value("gradient_clipping", 0.0)

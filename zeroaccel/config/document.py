@@ -155,17 +155,25 @@ def _read(source: object) -> tuple[dict[str, Any], str, dict[str, Place]]:
         )
     text = str(source)
     if os.path.isfile(text):
-        with open(text, encoding="utf-8") as file:
-            content = file.read()
+        content = _content(text)
         return parse_json(content, text), text, {key: places[0] for key, places in _key_places(content).items()}
     if text.lstrip().startswith("{"):
         return parse_json(text, "JSON text"), "JSON text", {}
     if (decoded := _decoded(text)) is None:
         raise ConfigError(
-            f"hf_ds_config={text!r} is neither an existing file nor JSON: pass the path of a DeepSpeed config,"
-            " a dictionary, JSON text or its base64"
+            f"there is no DeepSpeed config {text!r}, and it is no JSON either: pass the path of a config, a dictionary,"
+            " JSON text or its base64"
         )
     return parse_json(decoded, "base64 text"), "base64 text", {}
+
+
+def _content(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ConfigError(f"the DeepSpeed config {path} cannot be read: {reason}") from None
 
 
 def _decoded(text: str) -> str | None:

@@ -59,31 +59,40 @@ def write(path: str, answers: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: it cannot be written there.
     """
-    document: dict[str, Any] = {**DEFAULTS, "distributed_type": _type_of(answers)}
+    nested: dict[str, Any] = {**DEFAULTS, "distributed_type": _type_of(answers)}
     for option, value in answers.items():
         if option in PLACES:
             section, name = PLACES[option]
-            (document.setdefault(section, {}) if section else document)[name] = value
-    _dump(path, document)
+            (nested.setdefault(section, {}) if section else nested)[name] = value
+    dump(path, nested, as_json=path.endswith(".json"))
 
 
-def update(path: str) -> None:
-    """Rewrites a file of any version as today's: keys renamed, empty ones dropped, new ones added.
+def document(path: str) -> dict[str, Any]:
+    """What a file of any version says, nested as in today's: keys renamed, empty ones dropped.
 
     Raises:
-        ConfigError: `read` would refuse it, or it cannot be written.
+        ConfigError: as in `read`.
     """
     file = _load(path)
     reading = _Reading(file)
     given = {option: value for option, (value, _) in reading.options.items()}
     gone = {"fp16", "dynamo_backend", "ipex_config", "tp_config"}
     kept = {name: value for name, value in file.values.items() if value not in (None, {}) and name not in gone}
-    document = {**DEFAULTS, **UNSAID, **kept, "distributed_type": reading.distributed_type}
+    kept["distributed_type"] = reading.distributed_type
     if "mixed_precision" in given:
-        document["mixed_precision"] = given["mixed_precision"]
+        kept["mixed_precision"] = given["mixed_precision"]
     if given.get("dynamo_backend", "NO") != "NO":
-        document["dynamo_config"] = {name: given[name] for name in SCHEMA["dynamo_config"] if name in given}
-    _dump(path, document)
+        kept["dynamo_config"] = {name: given[name] for name in SCHEMA["dynamo_config"] if name in given}
+    return kept
+
+
+def update(path: str) -> None:
+    """Rewrites a file of any version as today's, as `document` has it, with the keys that it lacks.
+
+    Raises:
+        ConfigError: `read` would refuse it, or it cannot be written.
+    """
+    dump(path, {**DEFAULTS, **UNSAID, **document(path)}, as_json=path.endswith(".json"))
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -262,9 +271,13 @@ def _type_of(answers: Mapping[str, Any]) -> str:
     return "MULTI_CPU" if answers.get("cpu") and answers.get("num_processes", 1) > 1 else "NO"
 
 
-def _dump(path: str, document: Mapping[str, Any]) -> None:
-    as_json = path.endswith(".json")
-    text = json.dumps(document, indent=2, sort_keys=True) + "\n" if as_json else yaml.safe_dump(dict(document))
+def dump(path: str, nested: Mapping[str, Any], as_json: bool) -> None:
+    """Writes a nested configuration, with the folders that the path lacks.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    text = json.dumps(nested, indent=2, sort_keys=True) + "\n" if as_json else yaml.safe_dump(dict(nested))
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ __getattr__, __all__ = reexport(
             "load",
             "save",
         ],
-        "zeroaccel.commands.config": [
+        "zeroaccel.commands.config.default": [
             "write_basic_config",
         ],
         "zeroaccel.config.generic": [

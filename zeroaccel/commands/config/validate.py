@@ -124,7 +124,7 @@ def _of_launch_configuration(path: str, files: list[str]) -> Lines:
     named = options.get("deepspeed_config_file")
     if named is not None and os.path.isfile(named) and named not in files:
         files.append(named)
-    from zeroaccel.commands.asked import asked_of, settings_of
+    from zeroaccel.commands.config.asked import asked_of, settings_of
 
     try:
         plugin = asked_of(settings_of(["--config_file", path])).plugin

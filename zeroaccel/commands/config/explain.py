@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from zeroaccel.commands.arguments import OneLineParser, add_option, count, number
 
 if TYPE_CHECKING:
-    from zeroaccel.commands.asked import Asked
+    from zeroaccel.commands.config.asked import Asked
     from zeroaccel.commands.launch_settings import Settings
     from zeroaccel.config.facts import Facts, ModelFact, ResolvedConfig
 
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     given, rest = parser.parse_known_args(argv)
     if given.model and (given.hidden_size or given.num_parameters):
         parser.error("--model tells --hidden_size and --num_parameters: leave one side away")
-    from zeroaccel.commands.asked import asked_of, settings_of
+    from zeroaccel.commands.config.asked import asked_of, settings_of
 
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout as soon as it is imported
         settings = settings_of(rest, parser.prog, parser.spellings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 
@@ -13,7 +15,8 @@ from zeroaccel.commands.launch_settings import settle
 PASSED = "passed"
 
 
-def _parser() -> OneLineParser:
+def test_command_parser() -> OneLineParser:
+    """The parser of `zeroaccel test`."""
     parser = OneLineParser(
         prog="zeroaccel test",
         usage="zeroaccel test [options]",
@@ -30,13 +33,19 @@ def _parser() -> OneLineParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs `zeroaccel test`; returns 0 if everything agrees with plain PyTorch."""
-    parser = _parser()
-    options, unknown = parser.parse_known_args(argv)
-    parser.refuse_unknown(unknown)
-    arguments = [] if options.config_file is None else ["--config_file", options.config_file]
-    arguments += ["--cpu"] if options.cpu else []
-    arguments += ["--num_processes", str(options.num_processes or _ranks(arguments))]
+    """Runs `zeroaccel test`; returns its exit status."""
+    return test_command(test_command_parser().parse_args(argv))
+
+
+def test_command(args: argparse.Namespace) -> int:
+    """Does what the options of `test_command_parser` ask for; returns 0 if everything agrees with plain PyTorch.
+
+    Raises:
+        ConfigError: what was asked for cannot start.
+    """
+    arguments = [] if args.config_file is None else ["--config_file", args.config_file]
+    arguments += ["--cpu"] if args.cpu else []
+    arguments += ["--num_processes", str(args.num_processes or _ranks(arguments))]
     with tempfile.TemporaryDirectory(prefix="zeroaccel-test-") as folder:
         verdict = os.path.join(folder, "verdict")
         if status := launch.run([*arguments, "-m", "zeroaccel.commands.selftest_rank", verdict]):
@@ -55,3 +64,14 @@ def _ranks(arguments: list[str]) -> int:
     from zeroaccel.commands import launch_elastic
 
     return launch_elastic.device_count() or 2
+
+
+def main() -> int:
+    """`zeroaccel test` with the arguments of this program; returns its exit status."""
+    from zeroaccel.commands import main as program
+
+    return program.main(["test", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
