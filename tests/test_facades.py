@@ -130,7 +130,6 @@ DIFFERENT = {
         "AcceleratorState(parallelism_config)",
         "AcceleratorState(torch_tp_plugin)",
     ],
-    "tensor parallelism": ["DataLoaderDispatcher(torch_device_mesh)", "DataLoaderShard(torch_device_mesh)"],
     "of Accelerate's own communication hooks": ["DistributedDataParallelKwargs.to_dict(ignore_keys)"],
     "no plugin is called None": ["AcceleratorState.select_deepspeed_plugin(name)"],
     "no line without points": ["RegressionModel.forward(x)"],

@@ -17,7 +17,7 @@ from zeroaccel import Accelerator
 from zeroaccel.config.options import GradientAccumulationPlugin, InitProcessGroupKwargs
 from zeroaccel.config.plugin import DeepSpeedPlugin
 from zeroaccel.config.types import DistributedType
-from zeroaccel.errors import ConfigError
+from zeroaccel.errors import ConfigError, ConfigTypeError
 from zeroaccel.state import AcceleratorState, GradientState, PartialState
 from zeroaccel.state.splitting import share_of
 
@@ -321,6 +321,16 @@ def test_padded_shares_repeat_the_last_element(kind: str, shares: list[Any]) -> 
     found = [share_of(inputs, rank, 3, apply_padding=True) for rank in range(3)]
     assert all(type(share) is type(inputs) for share in found)
     assert [plain(share) for share in found] == shares
+
+
+def test_a_range_is_split_and_a_text_is_not() -> None:
+    assert [share_of(range(5), rank, 2) for rank in (0, 1)] == [[0, 1, 2], [3, 4]]
+    assert [share_of("prompt", rank, 2) for rank in (0, 1)] == ["prompt", "prompt"]
+
+
+def test_what_has_no_length_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigTypeError, match="cannot split a int, which has no length: pass a list"):
+        share_of(5, 0, 2)
 
 
 class Table:

@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         lambda: of_batch_size(2, Stream(24)),
         {"world_size": 2},
         UnsupportedError,
-        r"batch 3 on 2 ranks.*resume on 2 ranks, or load \{\*\*state, 'batches': 0",
+        r"batch 3 with world size 2, .* with world size 1, .*: resume with the same, or load \{\*\*state, 'batches': 0",
     ),
     "a stream with another batch size": (lambda: of_batch_size(4, Stream(24)), {}, UnsupportedError, "batch size 2"),
     "a batch size that does not divide": (

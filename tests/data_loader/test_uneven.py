@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -329,7 +330,7 @@ def joining() -> list[Any]:
         warnings.simplefilter("always")
         with run.join_uneven_inputs([], even_batches=False):
             found += [len(loader), read(loader)]
-        found += [[str(one.message) for one in caught], len(loader)]
+        found += [[(Path(one.filename).name, str(one.message)) for one in caught], len(loader)]
         caught.clear()
         with run.join_uneven_inputs([]):
             found.append(len(loader))
@@ -341,4 +342,5 @@ def test_joining_overrides_even_batches_within_its_block(ranks: RankPool) -> Non
     text = "even_batches=False is for map-style loaders that are not dispatched: it leaves 1 of the 2 prepared loaders"
     found = ranks.run(joining)
     assert [each[:3] for each in found] == [[2, 2, [[0, 1], [4]]], [2, 1, [[2, 3]]]]
-    assert all(each[3] == [f"{text} as they are"] and each[4:] == [2, 2, 0] for each in found)
+    told = [("test_uneven.py", f"{text} as they are")]  # it points at the script's line
+    assert all(each[3] == told and each[4:] == [2, 2, 0] for each in found)

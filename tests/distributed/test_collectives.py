@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[Callable[[int], Any], str, list[str]]] = {
     "shapes": (
         lambda r: operations.gather(torch.zeros(2 + r)),
         "DistributedError",
-        ["gather was given different tensors", "rank 0: [2] torch.float32", "rank 1: [3]", "pad_across_processes"],
+        ["gather was given different things", "rank 0: [2] torch.float32", "rank 1: [3]", "pad_across_processes"],
     ),
     "dtypes": (
         lambda r: operations.reduce(torch.zeros(2, dtype=[torch.float32, torch.int64][r])),
@@ -196,7 +196,17 @@ REFUSED: dict[str, tuple[Callable[[int], Any], str, list[str]]] = {
     "room for a broadcast": (
         lambda r: operations.broadcast(torch.zeros(1 + r)),
         "DistributedError",
-        ["broadcast was given different tensors", "broadcast_object_list"],
+        ["broadcast(from_process=0) was given different things", "broadcast_object_list"],
+    ),
+    "senders of a broadcast": (
+        lambda r: operations.broadcast(torch.zeros(1), from_process=r),
+        "DistributedError",
+        ["rank 0: broadcast(from_process=0)\n  rank 1: broadcast(from_process=1)"],
+    ),
+    "lengths of lists": (
+        lambda r: operations.broadcast_object_list([0] * (1 + r)),
+        "DistributedError",
+        ["rank 0: a list of 1 from rank 0\n  rank 1: a list of 2 from rank 0"],
     ),
     "numbers of dimensions": (
         lambda r: operations.pad_across_processes(torch.zeros([1] * (1 + r))),

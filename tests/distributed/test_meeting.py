@@ -21,7 +21,7 @@ TIMEOUT = 4.0
 CALLS: dict[str, Callable[[], object]] = {
     "gather": lambda: operations.gather(torch.ones(1)),
     "reduce": lambda: operations.reduce(torch.ones(1)),
-    "broadcast": lambda: operations.broadcast(torch.ones(1)),
+    "broadcast(from_process=0)": lambda: operations.broadcast(torch.ones(1)),
     "pad_across_processes": lambda: operations.pad_across_processes(torch.ones(1)),
     "copy_tensor_to_devices": lambda: operations.copy_tensor_to_devices(None if rank() else torch.ones(1)),
     "gather_object": lambda: operations.gather_object([1]),

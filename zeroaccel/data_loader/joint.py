@@ -169,7 +169,7 @@ def even_batches_set(loaders: Sequence[Any], even_batches: bool | None) -> Itera
         warnings.warn(
             f"even_batches={even_batches} is for map-style loaders that are not dispatched: it leaves"
             f" {len(loaders) - len(shards)} of the {len(loaders)} prepared loaders as they are",
-            stacklevel=4,
+            stacklevel=5,
         )
     before = [shard.even_batches for shard in shards]
     for shard in shards:

@@ -19,8 +19,20 @@ from zeroaccel.data_loader.position import Positioned
 from zeroaccel.data_loader.sharding import IterableDatasetShard
 from zeroaccel.distributed.nested import send_to_device
 from zeroaccel.distributed.random import synchronize_rng_states
-from zeroaccel.errors import ConfigError
+from zeroaccel.errors import ConfigError, UnsupportedError
 from zeroaccel.state import GradientState, PartialState
+
+
+def refuse_mesh(torch_device_mesh: Any) -> None:
+    """Tensor parallelism is another library's.
+
+    Raises:
+        UnsupportedError: there is a mesh.
+    """
+    if torch_device_mesh is not None:
+        raise UnsupportedError(
+            "torch_device_mesh is for tensor parallelism, which this library does not do: leave it out"
+        )
 
 
 class DataLoaderStateMixin:
@@ -145,11 +157,13 @@ class DataLoaderShard(_Prepared):
         use_stateful_dataloader: bool = False,
         _drop_last: bool = False,
         _non_blocking: bool = False,
+        torch_device_mesh: Any = None,
         iteration: int = 0,
         **kwargs: Any,
     ) -> None:
+        refuse_mesh(torch_device_mesh)
         super().__init__(dataset, **kwargs)
-        self.continues = use_stateful_dataloader
+        self.use_stateful_dataloader = use_stateful_dataloader
         self.device = device
         self.rng_types = rng_types
         self.synchronized_generator = synchronized_generator
@@ -258,11 +272,13 @@ class DataLoaderDispatcher(_Prepared):
         _drop_last: bool = False,
         _non_blocking: bool = False,
         slice_fn: Callable[..., Any] | None = None,
+        torch_device_mesh: Any = None,
         iteration: int = 0,
         **kwargs: Any,
     ) -> None:
+        refuse_mesh(torch_device_mesh)
         super().__init__(dataset, **kwargs)
-        self.continues = use_stateful_dataloader
+        self.use_stateful_dataloader = use_stateful_dataloader
         self.split_batches = split_batches
         self.skip_batches = skip_batches
         self.slice_fn = slice_fn or cut
@@ -370,7 +386,7 @@ class SkipDataLoader(_Prepared):
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, **kwargs)
-        self.continues = use_stateful_dataloader
+        self.use_stateful_dataloader = use_stateful_dataloader
         self.skip_batches = skip_batches
         self.gradient_state = GradientState()
         self.iteration = iteration

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from zeroaccel.data_loader.parts import generators_of, get_sampler, outer_sampler
 from zeroaccel.data_loader.sharding import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
+from zeroaccel.data_loader.stateful import Places, keeps_its_place
 from zeroaccel.errors import ConfigError, UnsupportedError
 from zeroaccel.logging import library_logger
 
@@ -28,6 +29,8 @@ class Position:
         read: batches that the ranks drew together from the loader that the script made.
         world_size: number of ranks.
         batch_size: of the loader that the script made, None where it has none.
+        workers: processes that read for it on each rank.
+        place: what an iterable dataset that keeps its place says of it (stateful.py), else None.
         seed: of a `SeedableRandomSampler`, else None.
         generators: states of the loader's generators when the epoch began.
         torch_rng: state of PyTorch's generator then; None where nothing of the order depends on it.
@@ -39,6 +42,8 @@ class Position:
     read: int = 0
     world_size: int = 1
     batch_size: int | None = None
+    workers: int = 0
+    place: Any = None
     seed: int | None = None
     generators: tuple[torch.Tensor, ...] = ()
     torch_rng: torch.Tensor | None = None
@@ -70,11 +75,12 @@ class Positioned(DataLoader[Any]):
 
     Attributes:
         iteration: number of the next epoch, or the running one.
-        continues: whether an epoch goes on where a loaded position says, by itself; else the script skips.
+        use_stateful_dataloader: whether an epoch goes on where a loaded position says, by itself; else the script
+            skips.
     """
 
     iteration = 0
-    continues = False
+    use_stateful_dataloader = False
     _world_size = 1
     _left_out = 0  # batches that skip_first_batches took away
     _loaded: Position | None = None  # to be taken up by the next epoch
@@ -82,6 +88,7 @@ class Positioned(DataLoader[Any]):
     _drawn = 0  # batches since then
     _origin: Positioned | None = None  # what skip_first_batches made this of
     _rest: Positioned | None = None  # what it made of this, while that is iterated
+    _places: Places | None = None  # reads the newest epoch of a dataset that keeps its place
 
     @property
     def _read_in_turn(self) -> int:
@@ -109,7 +116,9 @@ class Positioned(DataLoader[Any]):
         began, drawn = self._began, self._drawn
         if began is None:
             return None
-        return replace(began, batches=began.batches + drawn, read=began.read + drawn * self._read_in_turn)
+        read = began.read + drawn * self._read_in_turn
+        place = None if self._places is None else self._places.after(read)
+        return replace(began, batches=began.batches + drawn, read=read, place=place)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Sets the next epoch to the one of `state_dict`, in the same order.
@@ -122,16 +131,16 @@ class Positioned(DataLoader[Any]):
             UnsupportedError: an iterable dataset, and another number of ranks.
         """
         position = Position.from_state(state_dict)
-        if self.continues and len(position.generators) != len(generators_of(self)):
+        if self.use_stateful_dataloader and len(position.generators) != len(generators_of(self)):
             raise ConfigError(
                 f"the loader that this state was taken of had {len(position.generators)} generators, this one has"
                 f" {len(generators_of(self))}: prepare the loader with the same sampler and the same options"
             )
-        if self.continues and position.batches:
+        if self.use_stateful_dataloader and position.batches:
             position = self._in_my_world(position)
         self.iteration, self._loaded, self._began = position.epoch, position, None
         self._iterator = None  # persistent workers may be in another epoch
-        if position.batches and not self.continues:
+        if position.batches and not self.use_stateful_dataloader:
             logger.info(
                 "a loader stands at batch %d of epoch %d: skip_first_batches(loader, %d) leaves out what was drawn,"
                 " DataLoaderConfiguration(use_stateful_dataloader=True) does it by itself",
@@ -140,16 +149,11 @@ class Positioned(DataLoader[Any]):
 
     def _in_my_world(self, position: Position) -> Position:
         """The same place for this world size and batch size."""
+        if isinstance(self.dataset, IterableDataset):
+            self._refuse_another_stream(position)
+            return position
         size = getattr(outer_sampler(self), "batch_size", None)
-        iterable = isinstance(self.dataset, IterableDataset)
-        if iterable and (position.world_size != self._world_size or position.batch_size != self.batch_size):
-            raise UnsupportedError(
-                f"an iterable dataset was read up to batch {position.batches} on {position.world_size} ranks with"
-                f" batch size {position.batch_size}, and cannot be taken up there on {self._world_size} with"
-                f" {self.batch_size}: resume on {position.world_size} ranks, or load"
-                " {**state, 'batches': 0, 'read': 0} to begin that epoch anew, or use a map-style dataset"
-            )
-        if iterable or (position.world_size == self._world_size and position.batch_size == size):
+        if position.world_size == self._world_size and position.batch_size == size:
             return position
         read = position.read
         if position.batch_size != size:
@@ -162,6 +166,21 @@ class Positioned(DataLoader[Any]):
                 )
         return replace(position, read=read, batches=read // self._read_in_turn, world_size=self._world_size)
 
+    def _refuse_another_stream(self, position: Position) -> None:
+        """An iterable dataset has one place, in the order in which all ranks and workers read it together."""
+
+        def told(ranks: int, batch_size: int | None, workers: int) -> str:
+            return f"world size {ranks}, batch size {batch_size} and num_workers {workers}"
+
+        then = told(position.world_size, position.batch_size, position.workers)
+        now = told(self._world_size, self.batch_size, self.num_workers)
+        if then != now:
+            raise UnsupportedError(
+                f"an iterable dataset was read up to batch {position.batches} with {then}, and cannot be taken up there"
+                f" with {now}: resume with the same, or load {{**state, 'batches': 0, 'read': 0}} to begin that epoch"
+                " anew, or use a map-style dataset"
+            )
+
     def _at_beginning(self) -> Position:
         sampler = get_sampler(self)
         iterable = isinstance(self.dataset, IterableDataset)
@@ -170,6 +189,7 @@ class Positioned(DataLoader[Any]):
             epoch=self.iteration,
             world_size=self._world_size,
             batch_size=size,
+            workers=self.num_workers,
             seed=sampler.initial_seed if isinstance(sampler, SeedableRandomSampler) else None,
             generators=tuple(generator.get_state() for generator in generators_of(self)),
             seeded_workers=self._iterator is None,
@@ -185,7 +205,7 @@ class Positioned(DataLoader[Any]):
         if loaded is None or loaded.epoch != self.iteration:
             return None
         # A script that skips on another number of ranks may have other generators: then in an order of their own.
-        for generator, state in zip(generators_of(self), loaded.generators, strict=self.continues):
+        for generator, state in zip(generators_of(self), loaded.generators, strict=self.use_stateful_dataloader):
             generator.set_state(state)
         sampler = get_sampler(self)
         if isinstance(sampler, SeedableRandomSampler) and loaded.seed is not None:
@@ -194,7 +214,7 @@ class Positioned(DataLoader[Any]):
 
     def _begin_at(self, taken: Position | None) -> None:
         """An epoch begins, or is taken up."""
-        goes_on = taken is not None and self.continues
+        goes_on = taken is not None and self.use_stateful_dataloader
         batches = self._left_out + (taken.batches if taken is not None and goes_on else 0)
         read = self._left_out * self._read_in_turn + (taken.read if taken is not None and goes_on else 0)
         began = replace(self._at_beginning(), batches=batches, read=read)
@@ -207,17 +227,21 @@ class Positioned(DataLoader[Any]):
     def _open(self, taken: Position | None) -> Iterator[Any]:
         """The source's batches, behind those that `taken` says were read."""
         if taken is None:
-            return DataLoader.__iter__(self)
-        read = taken.read if self.continues else 0
+            return self._read_from(0)
+        read = taken.read if self.use_stateful_dataloader else 0
         own, self.generator = self.generator, self.generator if taken.seeded_workers else torch.Generator()
         try:
             if taken.torch_rng is None:
-                return self._read_from(read)
-            return _under(taken.torch_rng, lambda: self._read_from(read))
+                return self._read_from(read, taken.place)
+            return _under(taken.torch_rng, lambda: self._read_from(read, taken.place))
         finally:
             self.generator = own
 
-    def _read_from(self, read: int) -> Iterator[Any]:
+    def _read_from(self, read: int, place: Any = None) -> Iterator[Any]:
+        if self.use_stateful_dataloader and keeps_its_place(self.dataset):
+            # Two batches more than the script has are read at most (joint.py), on rank 0 alone for all ranks.
+            self._places = self._places or Places(self, ahead=2 * self._read_in_turn)
+            return self._places.read_from(read, place if read else None, self.generator)
         source = outer_sampler(self)
         if read == 0:
             return DataLoader.__iter__(self)

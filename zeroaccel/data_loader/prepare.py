@@ -13,6 +13,7 @@ from zeroaccel.data_loader.loaders import (
     DataLoaderDispatcher,
     DataLoaderShard,
     SkipDataLoader,
+    refuse_mesh,
 )
 from zeroaccel.data_loader.parts import get_sampler, kept_options, outer_sampler, samplers_of, source_options
 from zeroaccel.data_loader.position import Positioned
@@ -23,8 +24,9 @@ from zeroaccel.data_loader.sharding import (
     SkipBatchSampler,
     check_divides,
 )
+from zeroaccel.data_loader.stateful import StatefulShard, keeps_its_place
 from zeroaccel.distributed.random import agreed
-from zeroaccel.errors import ConfigError, UnsupportedError
+from zeroaccel.errors import ConfigError
 from zeroaccel.state import PartialState
 
 
@@ -65,10 +67,7 @@ def prepare_data_loader(
         ConfigError: a batch size that cannot be split, or dispatching without moving.
         UnsupportedError: a device mesh.
     """
-    if torch_device_mesh is not None:
-        raise UnsupportedError(
-            "torch_device_mesh is for tensor parallelism, which this library does not do: leave it out"
-        )
+    refuse_mesh(torch_device_mesh)
     iterable = isinstance(dataloader.dataset, IterableDataset)
     dispatch = put_on_device and iterable if dispatch_batches is None else dispatch_batches
     if dispatch and not put_on_device:
@@ -91,7 +90,7 @@ def prepare_data_loader(
         made._non_blocking = non_blocking
         made.rng_types = _usable_rng_types(rng_types, made.synchronized_generator)
         made._world_size = ranks[0]
-    made.continues = use_stateful_dataloader
+    made.use_stateful_dataloader = use_stateful_dataloader
     if sampler is not None:
         made.set_sampler(sampler)
     return made  # type: ignore[no-any-return]
@@ -179,7 +178,8 @@ def _iterable_shard(dataloader: DataLoader[Any], ranks: tuple[int, int], split_b
     dataset: Any = dataloader.dataset
     if type(dataset).__module__.startswith("datasets.") and not split_batches and dataset.n_shards >= num_processes:
         return dataset.shard(num_shards=num_processes, index=process_index)  # each rank reads files of its own
-    return IterableDatasetShard(
+    shard = StatefulShard if keeps_its_place(dataset) else IterableDatasetShard
+    return shard(
         dataset,
         batch_size=dataloader.batch_size,
         drop_last=dataloader.drop_last,

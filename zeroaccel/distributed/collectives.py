@@ -1,6 +1,6 @@
 """Tensors between ranks. Every function here that asks other ranks must be called by all of them.
 
-`gather`, `reduce` and `broadcast` compare the shapes first, with one exchange of 24 bytes a rank whatever the data
+`gather`, `reduce` and `broadcast` compare the shapes first, with one exchange of 16 bytes a rank whatever the data
 (`state/meeting.py`): a mismatch would otherwise hang, crash in the backend, or give garbage.
 """
 
@@ -104,7 +104,8 @@ def broadcast(tensor: Any, from_process: int = 0) -> Any:
     """
     if PartialState().num_processes == 1:
         return tensor
-    check_agreement("broadcast", tensor, "make room for what is sent first, or use `broadcast_object_list`")
+    remedy = "make room for what is sent first, or use `broadcast_object_list`"
+    check_agreement(f"broadcast(from_process={from_process})", tensor, remedy)
     return recursively_apply(lambda one: broadcast_one(one, from_process), tensor)
 
 

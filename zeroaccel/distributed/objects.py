@@ -104,20 +104,17 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
         The same list.
 
     Raises:
-        DistributedError: on every rank, if an object cannot be pickled; on ranks whose list has another length.
+        DistributedError: on every rank, if an object cannot be pickled, or the lists differ in length.
     """
     state = PartialState()
     if state.num_processes == 1:
         return object_list
-    meet(state, "broadcast_object_list")
+    outline = f"a list of {len(object_list)} from rank {from_process}"
+    meet(state, "broadcast_object_list", outline, "give all ranks a list of one length and the same from_process")
     sends = state.process_index == from_process
     message = [_pack(list(object_list)) if sends else None]
     torch.distributed.broadcast_object_list(message, src=from_process)
     (received,) = _unpack([message[0]], from_process)  # type: ignore[list-item]
-    if len(received) != len(object_list):
-        raise DistributedError(
-            f"rank {from_process} sends a list of {len(received)}, rank {state.process_index} has {len(object_list)}"
-        )
     if not sends:
         object_list[:] = received
     return object_list
