@@ -137,6 +137,7 @@ EXCEPTIONS = {
         "",
         "ValueError: first",
     ),
+    "a long one is cut": ("raise ValueError('x' * 999)", "", f"ValueError: {'x' * 285}..."),
     "a syntax error": ("def", "", "SyntaxError: invalid syntax"),
 }
 

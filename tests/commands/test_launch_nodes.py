@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tests.commands.runs import SCRIPTS, ZEROACCEL_LAUNCH, Ended, ended, reports, run, started
 from tests.commands.settled import SCRIPT, elastic, job_of, nothing_launched
 from tests.distributed.pool import free_port
+from zeroaccel.commands import launch_elastic
 from zeroaccel.commands.job import Meeting
 from zeroaccel.commands.launch_elastic import reachable
 from zeroaccel.errors import ConfigError
@@ -106,3 +108,9 @@ def test_a_taken_port_of_machine_0_is_an_error_for_all_machines_use_it() -> None
 def test_an_address_of_another_machine_is_no_place_to_meet_alone() -> None:
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1:\d+, which is no address of this machine: leave --main_proc"):
         reachable(Meeting("192.0.2.1", free_port()))
+
+
+def test_a_port_that_only_the_system_may_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_elastic, "_try_port", lambda *_: PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(ConfigError, match="port 80 is not for this user: write a --main_process_port above 1023"):
+        reachable(Meeting(port=80))

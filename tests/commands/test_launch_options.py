@@ -205,6 +205,7 @@ REFUSED_COMMAND_LINES = {
     f"launch --cpu --multi_gpu {SCRIPT}": ["--cpu", "--multi_gpu", "leave one side away"],
     f"launch --cpu --gpu_ids 0 {SCRIPT}": ["--cpu", "--gpu_ids", "leave one side away"],
     f"launch --deepspeed_config_file absent.json {SCRIPT}": ["--deepspeed_config_file", "absent.json"],
+    f"launch --cpu --log_dir {SCRIPT} {SCRIPT}": ["--log_dir", "cannot be made: File exists"],
     "lunch": ["'lunch'", "launch"],
     "--lunch": ["--lunch"],
 }
@@ -224,11 +225,20 @@ def test_a_wrong_command_line_is_one_line_and_status_2(command: str, capsys: pyt
     assert all(part in told.err for part in REFUSED_COMMAND_LINES[command])
 
 
-def test_a_config_file_that_is_not_json_is_refused_before_any_rank_starts(tmp_path: Path) -> None:
-    broken = tmp_path / "ds.json"
-    broken.write_text('{"zero_optimization": {"stage": 2}\n  "fp16": {}}')
-    with pytest.raises(ConfigError, match=r"--deepspeed_config_file: .*ds\.json:2:3: not valid JSON"):
-        job_of(f"--deepspeed_config_file {broken}")
+# What is in the DeepSpeed config: what the error must hold.
+NO_CONFIG = {
+    '{"zero_optimization": {"stage": 2}\n  "fp16": {}}': r"ds\.json:2:3: not valid JSON",
+    "\udcff{}": r"ds\.json cannot be read: it is no text in UTF-8",
+    "[]": r"ds\.json: a DeepSpeed config is a JSON object, this is a list",
+    "{}": "has no zero_optimization section",
+}
+
+
+@pytest.mark.parametrize("text", NO_CONFIG)
+def test_a_config_file_that_is_none_is_refused_before_any_rank_starts(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ConfigError, match=f"--deepspeed_config_file: .*{NO_CONFIG[text]}"):
+        job_of(f"--deepspeed_config_file {tmp_path / 'ds.json'}")
 
 
 # What is typed, GPUs of the machine: what the error must hold.

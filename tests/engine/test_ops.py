@@ -134,6 +134,15 @@ def test_what_is_missing_is_one_error_with_its_package(
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "ops"))
+    with pytest.raises(
+        EnvironmentProblem, match=rf"for {tmp_path}/file.* cannot be written \(Not a directory\): set TORCH"
+    ):
+        ops.build(["cpu_lion"])
+
+
 def test_ninja_beside_python_is_found_without_the_shells_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", programs(tmp_path, "ninja"))
     assert ops.status("cpu_adam").state == "ready"

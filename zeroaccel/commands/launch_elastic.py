@@ -37,12 +37,12 @@ def run(job: ElasticJob) -> int:
         signal that ended the launcher itself, after it has ended all ranks; or 1 if the machines did not meet.
 
     Raises:
-        ConfigError: the ranks cannot meet at this address, or on this port.
+        ConfigError: the ranks cannot meet at this address, or on this port; or there is no folder for their logs.
     """
     _quieten()
-    os.environ.update(job.environment)
     job = dataclasses.replace(job, meeting=reachable(job.meeting))
     with _log_folder(job) as log_dir:
+        os.environ.update(job.environment)
         arguments = torchrun.parse_args(job.torchrun_arguments(log_dir))  # type: ignore[no-untyped-call]
         try:
             return launch_failures.supervise(lambda: torchrun.run(arguments), job, log_dir)  # type: ignore[no-untyped-call]
@@ -65,6 +65,8 @@ def reachable(meeting: Meeting) -> Meeting:
         return dataclasses.replace(meeting, port=None)
     if failure.errno == errno.EADDRINUSE:
         raise ConfigError(f"port {meeting.port} is taken here: write another --main_process_port on all machines")
+    if failure.errno == errno.EACCES:
+        raise ConfigError(f"port {meeting.port} is not for this user: write a --main_process_port above 1023")
     raise ConfigError(
         f"the ranks cannot meet at {meeting.address}:{meeting.port}, which is no address of this machine:"
         f" leave --main_process_ip away ({failure.strerror})"
@@ -83,8 +85,16 @@ def _try_port(address: str, port: int) -> OSError | None:
 
 @contextmanager
 def _log_folder(job: ElasticJob) -> Iterator[str]:
-    """The folder for the ranks' logs and error files."""
+    """The folder for the ranks' logs and error files.
+
+    Raises:
+        ConfigError: the one that was named cannot be made.
+    """
     if job.log_dir is not None:
+        try:
+            os.makedirs(job.log_dir, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--log_dir {job.log_dir} cannot be made: {error.strerror}") from None
         yield job.log_dir
     elif job.keep_logs:
         folder = tempfile.mkdtemp(prefix="zeroaccel-logs-")

@@ -20,6 +20,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import CodeType, ModuleType
 
 _PR_SET_PDEATHSIG = 1
+_SUMMARY = 300  # characters of an exception that the launcher repeats
 
 
 def main(argv: Sequence[str]) -> None:
@@ -135,7 +136,7 @@ def _leave(stop: SystemExit) -> None:
         if status:
             _note(f"sys.exit({stop.code!r})", "", status)
         sys.exit(status)
-    if _note(f"sys.exit({stop.code!r})"[:200], "", status=1):
+    if _note(f"sys.exit({stop.code!r})", "", status=1):
         print(stop.code, file=sys.stderr)
     sys.exit(1)
 
@@ -148,7 +149,7 @@ def _report(error: BaseException) -> None:
     error.__traceback__ = trace
     lines = "".join(traceback.format_exception_only(error)).splitlines()
     summary = next(line for line in lines if not line.startswith(" "))  # a syntax error's place comes first, notes last
-    if _note(summary[:200], "".join(traceback.format_exception(error)), status=1):
+    if _note(summary, "".join(traceback.format_exception(error)), status=1):
         sys.excepthook(type(error), error, trace)  # the script's own, or PyTorch's, which names the rank in each line
         sys.stderr.flush()
 
@@ -156,6 +157,7 @@ def _report(error: BaseException) -> None:
 def _note(summary: str, text: str, status: int) -> bool:
     """Writes this rank's error file; says whether no rank of this machine did so before."""
     path = os.environ["TORCHELASTIC_ERROR_FILE"]
+    summary = summary if len(summary) <= _SUMMARY else f"{summary[: _SUMMARY - 3]}..."
     now = time.time_ns()
     details = {"py_callstack": text, "timestamp": str(now // 10**9)}
     report = {"message": {"message": summary, "extraInfo": details}, "time_ns": now, "status": status}

@@ -232,14 +232,15 @@ def build(names: Sequence[str]) -> None:
     Also frees ops from the lock of a build that was killed.
 
     Raises:
-        EnvironmentProblem: the machine lacks what they are compiled with, or the compiler fails.
+        EnvironmentProblem: the machine lacks what they are compiled with, the compiler fails, or nothing can be
+            written where they belong.
     """
     if "async_io" in names or "gds" in names:
         names = ["pin_memory", *names]  # DeepSpeed loads it first
     names = [name for name in dict.fromkeys(names) if not _loaded(name)]
     if not names:
         return
-    with _alone(_folder(names[0]).parent):
+    with _alone(names[0]):
         for name in names:
             _free(_folder(name))
         found = [status(name) for name in names]
@@ -264,10 +265,17 @@ def _refuse_missing(missing: list[Status]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """One process at a time, over all machines that share the folder; the kernel frees the lock of a dead one."""
+def _alone(name: str) -> Iterator[None]:
+    """One process at a time, over all machines that share the ops' folder; the kernel frees the lock of a dead one."""
+    try:
+        file = open(_folder(name).parent / "zeroaccel.lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"DeepSpeed's ops cannot be compiled, for {error.filename} cannot be written ({error.strerror}): set"
+            " TORCH_EXTENSIONS_DIR to a folder of yours"
+        ) from None
     start, told = time.monotonic(), False
-    with open(root / "zeroaccel.lock", "w") as file:
+    with file:
         while not _locked(file):
             if not told and time.monotonic() - start > _PATIENCE and _is_first_of_its_node():
                 _say("another process compiles DeepSpeed's ops: waiting for it")
