@@ -184,9 +184,11 @@ class Count:
 
 
 def save_and_go_on(run: Run, folder: str, nvme_path: str = "") -> list[tuple[float, list[float]]]:
-    """Trains, saves, trains on; what the rest showed."""
+    """Trains, saves twice into one folder, trains on; what the rest showed."""
     training = Training(run, nvme_path)
-    training.train(BEFORE)
+    training.train(1)
+    training.accelerator.save_state(folder)
+    training.train(BEFORE - 1)
     training.accelerator.save_state(folder)
     shown = training.train(AFTER)
     training.accelerator.free_memory()

@@ -235,13 +235,13 @@ def test_older_shards_and_leftovers_are_removed_and_nothing_else(ranks: RankPool
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def _peak(folder: str) -> tuple[float, float]:
-    """MiB of anonymous memory that saving takes, and that the largest parameter has."""
+def _peak(folder: str, how: str) -> tuple[float, float, float]:
+    """MiB of anonymous memory that it takes to get the weights out, and that the largest parameter and all have."""
     import threading
 
     from tests.engine.small import accelerator
 
-    running = accelerator(zero_stage=3)
+    running = accelerator(zero_stage=3, zero3_save_16bit_model=True)
     config = running.state.deepspeed_plugin.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = 8
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -260,13 +260,23 @@ def _peak(folder: str) -> tuple[float, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    running.save_model(model, folder, max_shard_size="100MB")
+    if how == "save_model":
+        running.save_model(model, folder, max_shard_size="100MB")
+    else:
+        state = running.get_state_dict(model)  # noqa: F841  lives until memory was looked at
     done.set()
     watcher.join()
-    return (max(seen) - seen[0]) / 1024, 2048 * 2048 * 4 / 2**20
+    largest = 2048 * 2048 * 4 / 2**20
+    return (max(seen) - seen[0]) / 1024, largest, 10 * largest
 
 
 def test_saving_takes_no_more_than_the_largest_parameter(ranks: RankPool, tmp_path: Path) -> None:
     """The model has 160 MiB; two MiB are for everything else."""
-    for taken, largest in ranks.run(_peak, folder=str(tmp_path)):
+    for taken, largest, _ in ranks.run(_peak, folder=str(tmp_path), how="save_model"):
         assert taken <= largest + 2
+
+
+def test_a_state_dict_is_one_copy_on_rank_0_only(ranks: RankPool, tmp_path: Path) -> None:
+    (first, largest, whole), (other, *_) = ranks.run(_peak, folder=str(tmp_path), how="get_state_dict")
+    assert first <= whole + largest + 2
+    assert other <= largest + 2

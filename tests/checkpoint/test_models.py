@@ -102,6 +102,43 @@ def test_every_scheduler_survives_being_made_safe(number: int) -> None:
     assert begin + steps(5, state)[0] == whole
 
 
+def deepspeeds_scheduler(folder: str) -> tuple[list[Any], list[Any]]:
+    """Rates that optimizer and scheduler show behind a save, of the run that saved and of one that loads."""
+    from tests.engine.small import Net, accelerator
+    from zeroaccel.utils import DummyScheduler
+
+    schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 9}}
+    shown: tuple[list[Any], list[Any]] = ([], [])
+    for rates in shown:
+        made = accelerator(
+            {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, "scheduler": schedule}
+        )
+        model = Net()
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model, optimizer, scheduler = made.prepare(model, optimizer, DummyScheduler(optimizer))
+        made.register_for_checkpointing(scheduler)  # as scripts do, though it is kept anyway
+        for step in range(6):
+            if step < 3 and rates is shown[1]:
+                continue
+            if step == 3:
+                made.save_state(folder) if rates is shown[0] else made.load_state(folder)
+                rates.append([scheduler.get_last_lr(), optimizer.param_groups[0]["lr"]])
+            made.backward(model(torch.ones(4, 8)).sum())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if step >= 3:
+                rates.append([scheduler.get_last_lr(), optimizer.param_groups[0]["lr"]])
+        made.free_memory()
+    return shown
+
+
+def test_a_scheduler_of_deepspeeds_goes_on(ranks: RankPool, tmp_path: Path) -> None:
+    for whole, resumed in ranks.run(deepspeeds_scheduler, folder=str(tmp_path)):
+        assert whole == resumed
+        assert len({rate for _, rate in whole}) == 4
+
+
 def test_loading_sets_what_the_script_holds(tmp_path: Path) -> None:
     """Groups are changed in place: a scheduler or a script that holds one sees the loaded rate."""
     training = Training(Run(None, 1))
@@ -115,29 +152,35 @@ def test_loading_sets_what_the_script_holds(tmp_path: Path) -> None:
     assert group["lr"] > rate
 
 
-def epoch_from_the_third_batch(folder: str, resumed: bool) -> list[int]:
-    """Ids of an epoch's batches behind the third, of a run that saved there or of one that loads."""
+def epoch_from_the_third_batch(folder: str, resumed: bool, by_itself: bool) -> tuple[list[int], list[float]]:
+    """Ids of an epoch's batches behind the third, and what a dropout drew, of a run that saved there or that loads."""
     from torch.utils.data import DataLoader
 
     from zeroaccel.utils import DataLoaderConfiguration
 
-    training = Training(Run(2), dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+    training = Training(Run(2), dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=by_itself))
     accelerator = training.accelerator
     torch.manual_seed(7 if resumed else 8)
     loader = accelerator.prepare(DataLoader(list(range(40)), batch_size=2, shuffle=True))
     ids: list[int] = []
+    drawn: list[float] = []
     if resumed:
         accelerator.load_state(folder)
+        loader = loader if by_itself else accelerator.skip_first_batches(loader, 3)
     for number, batch in enumerate(loader):
+        drop = float(torch.rand(()))
         if resumed or number >= 3:
             ids += batch.tolist()
+            drawn.append(drop)
         if not resumed and number == 2:
             accelerator.save_state(folder)
     accelerator.free_memory()
-    return ids
+    return ids, drawn
 
 
-def test_a_loader_goes_on_in_the_middle_of_its_epoch(ranks: RankPool, tmp_path: Path) -> None:
-    whole = ranks.run(epoch_from_the_third_batch, folder=str(tmp_path), resumed=False)
-    assert ranks.run(epoch_from_the_third_batch, folder=str(tmp_path), resumed=True) == whole
-    assert sum(len(ids) for ids in whole) == 28
+@pytest.mark.parametrize("by_itself", [True, False], ids=["by itself", "by skip_first_batches"])
+def test_a_loader_goes_on_in_the_middle_of_its_epoch(ranks: RankPool, tmp_path: Path, by_itself: bool) -> None:
+    options = {"folder": str(tmp_path), "by_itself": by_itself}
+    whole = ranks.run(epoch_from_the_third_batch, resumed=False, **options)
+    assert ranks.run(epoch_from_the_third_batch, resumed=True, **options) == whole
+    assert sum(len(ids) for ids, _ in whole) == 28

@@ -32,7 +32,12 @@ CASES: list[tuple[Run, list[Run]]] = [
     (Run(3), [Run(3, precision="bf16")]),
     (Run(2, optimizer="SGD"), [Run(3, optimizer="SGD"), Run(0, optimizer="SGD")]),
     (Run(1, optimizer="Adagrad"), [Run(3, optimizer="Adagrad"), Run(2, offload="cpu", optimizer="Adagrad")]),
-    (Run(3, offload="nvme", hidden=NVME), [Run(3, offload="nvme", hidden=NVME), Run(2, hidden=NVME)]),
+    (
+        Run(3, offload="nvme", hidden=NVME),
+        [Run(3, offload="nvme", hidden=NVME), Run(2, hidden=NVME), Run(3, offload="cpu", hidden=NVME)],
+    ),
+    (Run(2, offload="cpu", hidden=NVME), [Run(3, offload="nvme", hidden=NVME)]),
+    (Run(0, hidden=NVME), [Run(3, offload="nvme+param", hidden=NVME)]),
 ]
 # Saved in the middle of a window: after three micro-batches of two, or four, a step.
 OPEN = [

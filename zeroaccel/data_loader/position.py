@@ -231,9 +231,9 @@ class Positioned(DataLoader[Any]):
         read = taken.read if self.use_stateful_dataloader else 0
         own, self.generator = self.generator, self.generator if taken.seeded_workers else torch.Generator()
         try:
-            if taken.torch_rng is None:
-                return self._read_from(read, taken.place)
-            return _under(taken.torch_rng, lambda: self._read_from(read, taken.place))
+            # Beginning the epoch drew from PyTorch's generator before the position was taken: not once more.
+            rng = torch.get_rng_state() if taken.torch_rng is None else taken.torch_rng
+            return _under(rng, lambda: self._read_from(read, taken.place))
         finally:
             self.generator = own
 

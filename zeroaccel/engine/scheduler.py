@@ -112,6 +112,12 @@ class DeepSpeedSchedulerWrapper(AcceleratedScheduler):
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the engine's step did it."""
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Loads what `state_dict` gave; the optimizer's param groups must have their learning rates already."""
+        super().load_state_dict(state_dict)
+        if "_last_lr" not in state_dict:  # DeepSpeed's own keep it to themselves, and would show that of a new run
+            self.scheduler._last_lr = [group["lr"] for group in self.scheduler.optimizer.param_groups]
+
 
 def redirect(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
     """Has a PyTorch scheduler, and those that it consists of, drive `optimizer` from now on."""
