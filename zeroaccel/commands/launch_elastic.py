@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import logging
 import os
 import socket
@@ -40,6 +41,7 @@ def run(job: ElasticJob) -> int:
         ConfigError: the ranks cannot meet at this address, or on this port; or there is no folder for their logs.
     """
     _quieten()
+    gc.freeze()  # what was imported stays: no pass over it at the end, which would take 0.3 s
     job = dataclasses.replace(job, meeting=reachable(job.meeting))
     with _log_folder(job) as log_dir:
         os.environ.update(job.environment)
