@@ -3,6 +3,8 @@
 Two ranks over gloo, in one run; the contestants take turns, epoch by epoch, in an order that changes, so that whatever
 else the machine does hits all of them. Every rank reads the same batches: the bare loader is given the shard's sampler.
 A dispatched loader reads on rank 0 and sends; the bare loader beside it reads all of the stream on every rank.
+Then what it costs to meet: uneven ranks tell each other before each batch whether they have one, and a gather makes
+sure that all ranks are in the same call.
 Usage: python benchmarks/dataloader.py [--rounds 40] [--batches 50] [--length 512] [--batch 32] [--ranks 2]
 """
 
@@ -13,7 +15,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,7 +91,61 @@ def dispatched(texts: Texts, arguments: argparse.Namespace) -> dict[str, Iterabl
     return {"bare": bare, **made}
 
 
-def measure(contestants: dict[str, Iterable[Any]], arguments: argparse.Namespace) -> dict[str, float]:
+class AlwaysJoint:
+    """Stands for a model that needs all ranks."""
+
+
+class Trained:
+    """Iterating it takes a step of 20 to 30 ms a batch, at whose end the ranks wait for each other, as in training."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.weights = torch.randn(700, 700)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            gradients = self.weights
+            for _ in range(2):
+                gradients = gradients @ self.weights / 700
+            dist.all_reduce(gradients)
+            yield batch
+
+
+def uneven(texts: Dataset[Any], arguments: argparse.Namespace) -> dict[str, Iterable[Any]]:
+    loaders = map_style(texts, arguments)
+    loaders["zeroaccel"] = prepared("zeroaccel", DataLoader(texts, arguments.batch), even_batches=False)
+    return {name: Trained(loader) for name, loader in loaders.items()}
+
+
+def gathers(arguments: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of a bare all-gather of eight numbers, and the time of both libraries' `gather` as ratios to it."""
+    import accelerate.utils
+
+    import zeroaccel.utils
+
+    own = torch.ones(8)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    calls: dict[str, Callable[[], Any]] = {
+        "bare": lambda: dist.all_gather(parts, own),
+        "zeroaccel": lambda: zeroaccel.utils.gather(own),
+        "accelerate": lambda: accelerate.utils.gather(own),
+    }
+    contestants = {name: Repeated(call, arguments.batches) for name, call in calls.items()}
+    return measure(contestants, arguments)
+
+
+class Repeated:
+    """Iterating it makes the call so many times."""
+
+    def __init__(self, call: Callable[[], Any], times: int) -> None:
+        self.call, self.times = call, times
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.times):
+            yield self.call()
+
+
+def measure(contestants: Mapping[str, Iterable[Any]], arguments: argparse.Namespace) -> dict[str, float]:
     """Microseconds a batch of the bare loader, and the time of the others as ratios to it; medians over the rounds."""
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -126,15 +182,19 @@ def run(rank: int, port: int, arguments: argparse.Namespace) -> None:
         print("|---|---|---|---|")
     count = arguments.batches * arguments.batch * arguments.ranks
     texts, raw = Texts(count, arguments.length), RawTexts(count, arguments.length)
-    for title, contestants in {
-        "map-style, tokenized on the way": map_style(raw, arguments),
-        "map-style, tensors in memory": map_style(texts, arguments),
-        "dispatched stream of tensors in memory": dispatched(texts, arguments),
+    model = AlwaysJoint()
+    zeroaccel.state.GradientState()._add_engine(model, always=True)
+    for title, result in {
+        "map-style, tokenized on the way": lambda: measure(map_style(raw, arguments), arguments),
+        "map-style, tensors in memory": lambda: measure(map_style(texts, arguments), arguments),
+        "dispatched stream of tensors in memory": lambda: measure(dispatched(texts, arguments), arguments),
+        "training, ranks may be uneven": lambda: measure(uneven(raw, arguments), arguments),
+        "no loader: a gather of eight numbers": lambda: gathers(arguments),
     }.items():
-        result = measure(contestants, arguments)
+        found = result()
         if rank == 0:
-            speed = 1e6 / result["bare us"]
-            print(f"| {title} | {speed:.0f} | {result['zeroaccel']:.3f} | {result['accelerate']:.3f} |", flush=True)
+            speed = 1e6 / found["bare us"]
+            print(f"| {title} | {speed:.0f} | {found['zeroaccel']:.3f} | {found['accelerate']:.3f} |", flush=True)
     dist.destroy_process_group()
 
 

@@ -131,3 +131,20 @@ def test_the_place_is_that_of_the_batch_in_hand() -> None:
     loader = prepared(1, 0)
     for number, _ in enumerate(loader, 1):
         assert stored(loader)["place"]["dataset_state"] == {"at": min(2 * number, LENGTH)}
+
+
+class BufferShuffledExamplesIterable:
+    """Of `datasets`, whose shuffled streams do not keep what lies in their buffer."""
+
+
+class Formatted:
+    ex_iterable = BufferShuffledExamplesIterable()
+
+
+class ShuffledStream(KeepingStream):
+    _ex_iterable = Formatted()
+
+
+def test_a_stream_whose_place_is_not_exact_is_read_again() -> None:
+    assert stateful.keeps_its_place(KeepingStream())
+    assert not stateful.keeps_its_place(ShuffledStream())

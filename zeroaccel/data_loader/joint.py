@@ -56,7 +56,7 @@ class _Exchange:
     def __init__(self) -> None:
         self._state = PartialState()
         self._group = self._cpu_group()
-        self._announced: deque[tuple[torch.Tensor, Any, int]] = deque()
+        self._announced: deque[tuple[list[torch.Tensor], Any, int]] = deque()
         _Exchange._loops += 1
         self._tag = _Exchange._loops * _ROUNDS
 
@@ -71,10 +71,9 @@ class _Exchange:
 
     def announce(self, batch: Any) -> Any:
         """Says what this rank has in the next round, does not wait for the others, and gives the batch back."""
-        told = torch.zeros(self._state.num_processes + 1, dtype=torch.int64)
-        told[self._state.process_index] = 0 if batch is END else ignorant_find_batch_size(batch) or 1
-        told[-1] = self._tag
-        self._announced.append((told, dist.all_reduce(told, group=self._group, async_op=True), self._tag))
+        own = torch.tensor([0 if batch is END else ignorant_find_batch_size(batch) or 1, self._tag])
+        told = [torch.empty_like(own) for _ in range(self._state.num_processes)]
+        self._announced.append((told, dist.all_gather(told, own, group=self._group, async_op=True), self._tag))
         self._tag += 1
         return batch
 
@@ -86,12 +85,13 @@ class _Exchange:
         """
         told, work, tag = self._announced.popleft()
         attend(self._state, "a loop over a prepared loader", lambda: work)
-        if int(told[-1]) != tag * self._state.num_processes:
+        sizes, tags = torch.stack(told).T.tolist()
+        if set(tags) != {tag}:
             raise DistributedError(
                 "the ranks are not at the same batch of the same loader: some of them left a loop over it earlier."
                 " Let all ranks break out of a loop at the same batch (accelerator.set_trigger, check_trigger)"
             )
-        return told[:-1].tolist()
+        return sizes  # type: ignore[no-any-return]
 
 
 def together(fetch: Callable[[], Any], place: Callable[[Any], Any], state: GradientState) -> Iterator[Round]:

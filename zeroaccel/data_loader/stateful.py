@@ -20,8 +20,18 @@ from zeroaccel.data_loader.sharding import IterableDatasetShard
 
 def keeps_its_place(dataset: Any) -> bool:
     """Whether this is an iterable dataset that can tell and take up its place, and torchdata is there to ask it."""
-    able = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
-    return able and isinstance(dataset, IterableDataset) and is_torchdata_stateful_dataloader_available()
+    able = (
+        isinstance(dataset, IterableDataset) and hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+    )
+    return able and not _forgets_its_buffer(dataset) and is_torchdata_stateful_dataloader_available()
+
+
+def _forgets_its_buffer(dataset: Any) -> bool:
+    """Whether this is a `datasets.IterableDataset` that shuffles: its place leaves out what lies in the buffer."""
+    source = getattr(dataset, "_ex_iterable", None)
+    while source is not None and type(source).__name__ != "BufferShuffledExamplesIterable":
+        source = getattr(source, "ex_iterable", None)
+    return source is not None
 
 
 class StatefulShard(IterableDatasetShard):
