@@ -55,8 +55,7 @@ ABSENT = {
     "layerwise casting": "SUPPORTED_PYTORCH_LAYERS_FOR_UPCASTING",
     "pipeline-parallel inference": "prepare_pippy is_pippy_available require_pippy",
     "later: compilation": "compile_regions compile_regions_deepspeed has_repeated_blocks is_repeated_blocks",
-    "later: several machines": "convert_dict_to_env_variables",
-    "later: pinning ranks to cores": """
+    "the launcher pins ranks to cores: --enable_cpu_affinity": """
         CPUInformation get_cpu_distributed_information override_numa_affinity set_numa_affinity""",
     "later: experiment trackers": "LOGGER_TYPE_TO_CLASS",
     "later: sequence parallelism": "BETA_SP_AVAILABLE_DEEPSPEED_VERSION DeepSpeedSequenceParallelConfig",

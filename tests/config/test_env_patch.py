@@ -123,3 +123,11 @@ def test_a_purged_class_cleans_up_after_its_tests_and_those_of_subclasses(base: 
     assert "ACCELERATE_MARK" not in os.environ
     Tests().helper()
     assert os.environ["ZEROACCEL_MARK"] == "helper"
+
+
+def test_an_environment_file_gets_the_lines_that_accelerate_gives_it(caplog: pytest.LogCaptureFixture) -> None:
+    variables = {"A": "1", "B": "a b", "C": "", "": "x", "D;": "1", "E": "<1", "F": "x>", "G": "a\nb", "H": "/a:b=c,d"}
+    assert ours.convert_dict_to_env_variables(variables) == theirs.convert_dict_to_env_variables(variables)
+    told = [record for record in caplog.records if record.name == "zeroaccel.utils.environment"]
+    assert len(told) == 7
+    assert "B='a b'" in caplog.text

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from zeroaccel.config.environment import FALLBACK_PREFIX, PREFIX, parse_bool
 from zeroaccel.errors import ConfigError
+
+_logger = logging.getLogger("zeroaccel.utils.environment")  # the module that users know
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -54,6 +57,20 @@ def parse_flag_from_env(key: str, default: bool = False) -> bool:
 def parse_choice_from_env(key: str, default: str = "no") -> str:
     """Text of a variable; `default` where it is not set."""
     return os.environ.get(key, str(default))
+
+
+def convert_dict_to_env_variables(current_env: Mapping[str, str]) -> list[str]:
+    """Lines `NAME=value` for an environment file such as DeepSpeed's `.deepspeed_env`.
+
+    Left out, with a warning in the log, is what such a file cannot carry: nothing, spaces, line ends, `;`, `<` and `>`.
+    """
+    lines = []
+    for name, value in current_env.items():
+        if name and value and not set(";<> \n") & set(name + value):
+            lines.append(f"{name}={value}\n")
+        else:
+            _logger.warning("an environment file cannot carry %s=%r: left out", name, value)
+    return lines
 
 
 @contextmanager

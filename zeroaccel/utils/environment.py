@@ -9,6 +9,7 @@ __getattr__, __all__ = reexport(
     {
         "zeroaccel.config.env_patch": [
             "clear_environment",
+            "convert_dict_to_env_variables",
             "get_int_from_env",
             "parse_choice_from_env",
             "parse_flag_from_env",
