@@ -38,6 +38,21 @@ def test_machines_meet_at_the_address_of_machine_0(options: str) -> None:
     assert arguments[: arguments.index("--nproc_per_node=1")] == MEETING[options]
 
 
+# What is typed beside c10d: what torch's rendezvous is told.
+HOSTING = [
+    ("--machine_rank 0", ["--rdzv_conf=is_host=1"]),
+    ("--machine_rank 1 --rdzv_conf timeout=5", ["--rdzv_conf=timeout=5,is_host=0"]),
+    ("--machine_rank 1 --rdzv_conf is_host=1", ["--rdzv_conf=is_host=1"]),
+    ("", []),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), HOSTING)
+def test_machine_0_is_the_host_of_the_others_where_it_is_known(options: str, told: list[str]) -> None:
+    command = elastic(f"{TWO} --rdzv_backend c10d {options}").command()
+    assert [word for word in command if word.startswith("--rdzv_conf")] == told
+
+
 # What is typed, GPUs of this machine: ranks on it.
 RANKS = [("", 4, 4), ("--num_processes 6", 4, 3), ("--num_processes 2", 0, 1), ("--gpu_ids 0,2", 2, 2)]
 

@@ -291,9 +291,9 @@ def _torchrun_options(settings: Settings, devices: int) -> tuple[str, ...]:
     """
     options = settings.options
     arguments = [f"--max_restarts={options.max_restarts or 0}"]
-    for name in ("monitor_interval", "tee", "role", "rdzv_conf"):
-        if (value := getattr(options, name)) is not None:
-            arguments.append(f"--{name}={value}")
+    given = {name: getattr(options, name) for name in ("monitor_interval", "tee", "role", "rdzv_conf")}
+    given["rdzv_conf"] = _rendezvous_settings(options)
+    arguments += [f"--{name}={value}" for name, value in given.items() if value is not None]
     if options.enable_cpu_affinity and devices > 0:
         if shutil.which("numactl") is None:
             raise ConfigError(
@@ -302,6 +302,15 @@ def _torchrun_options(settings: Settings, devices: int) -> tuple[str, ...]:
             )
         arguments.append("--numa_binding=node")
     return tuple(arguments)
+
+
+def _rendezvous_settings(options: argparse.Namespace) -> str | None:
+    """What was typed; with c10d also who hosts it, for torch guesses it from names, and several can match."""
+    typed: str | None = options.rdzv_conf
+    known = (options.num_machines or 1) > 1 and options.rdzv_backend == "c10d" and options.machine_rank is not None
+    if not known or "is_host=" in (typed or ""):
+        return typed
+    return ",".join(filter(None, (typed, f"is_host={int(options.machine_rank == 0)}")))
 
 
 def _count_devices(settings: Settings) -> int:

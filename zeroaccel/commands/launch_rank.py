@@ -35,10 +35,12 @@ def main(argv: Sequence[str]) -> None:
     flag = argv[0] if argv[0] in ("-m", "--no_python") else None
     script, *arguments = argv[1:] if flag else argv
     if flag == "--no_python":
+        _let_ctrl_c_in()
         _become(script, arguments)
     _note_crashes()
     sys.argv = [script, *arguments]
     try:
+        _let_ctrl_c_in()
         _run(script, module=flag == "-m")
     except SystemExit as stop:
         _leave(stop)
@@ -48,6 +50,11 @@ def main(argv: Sequence[str]) -> None:
     except BaseException as error:
         _report(error)
         sys.exit(1)
+
+
+def _let_ctrl_c_in() -> None:
+    """Ends the wait that the launcher had us inherit: a traceback of Python's start tells nobody anything."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _become(program: str, arguments: list[str]) -> None:

@@ -75,12 +75,15 @@ class Ending:
         # The interpreter writes there at once, even while the main thread is in C++ and handlers have to wait.
         wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._watcher.start()
+        # The watcher takes it. Ranks inherit that it waits, until they can tell it (launch_rank.py).
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for number in set(_HANDLED) - self._ignored:
                 signal.signal(number, self.handle)
             yield
         finally:
             self.run_has_ended()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
