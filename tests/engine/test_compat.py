@@ -15,11 +15,19 @@ from zeroaccel.engine import compat
 from zeroaccel.errors import EnvironmentProblem
 
 ENGINE_ROOM = Path(zeroaccel.engine.__file__).parent
-DRIVERS = ("construction.py", "deepspeed_masters.py", "fragments.py", "gradients.py", "stepping.py")
+DRIVERS = (
+    "construction.py",
+    "deepspeed_masters.py",
+    "fragments.py",
+    "gradients.py",
+    "reduction_order.py",
+    "stepping.py",
+)
 HELD_IN = {"engine", "optimizer", "sharded", "wrapper", "swapper"}  # variables that hold objects of DeepSpeed
 PUBLIC = {
     *("backward", "device", "fp16_enabled", "gradient_accumulation_steps", "gradient_clipping", "loss_scale", "module"),
-    *("optimizer", "param_groups", "state", "step", "zero_grad", "zero_optimization_stage", "__dict__"),
+    *("optimizer", "param_groups", "state", "step", "world_size", "zero_grad", "zero_optimization_stage"),
+    *("zero_use_cpu_optimizer", "__dict__"),
 }
 
 

@@ -18,6 +18,7 @@ from deepspeed.runtime.utils import get_global_norm_of_tensors
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3, combine_grad_norm_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
+from zeroaccel.engine.reduction_order import ReductionOrder
 from zeroaccel.errors import UnsupportedError
 
 # of a module: passes that stage 3's hooks expect
@@ -102,6 +103,11 @@ class Gradients:
 
 class _ZeroGradients(Gradients):
     local = False
+    _order: ReductionOrder | None = None  # where ranks reduce during the backward pass
+
+    def _keep_order(self) -> None:
+        if self.engine.world_size > 1:
+            self._order = ReductionOrder(self.optimizer)
 
     def arm(self) -> None:
         super().arm()
@@ -116,6 +122,8 @@ class _ZeroGradients(Gradients):
     def clear(self) -> None:
         self._land()
         super().clear()  # first: stage 3 cannot drop a gradient that a failed backward pass left on the CPU
+        if self._order is not None:
+            self._order.forget()
         self.optimizer.zero_grad(set_to_none=True)
         for bucket in self.optimizer.ipg_buckets.values():  # what such a pass left unreduced
             getattr(bucket, "clear_params", bucket.clear)()  # stage 3 keeps its buffer
@@ -133,17 +141,29 @@ class Stage12Gradients(_ZeroGradients):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        if not self.optimizer.partition_gradients:
-            # Else stage 1 leaves this rank's own gradient in `parameter.grad`, where it is taken for the average.
-            self.optimizer.use_grad_accum_attribute = True
+        if self.optimizer.partition_gradients:
+            self._keep_order()
+            return
+        # Else stage 1 leaves this rank's own gradient in `parameter.grad`, where it is taken for the average.
+        self.optimizer.use_grad_accum_attribute = True
+        # No backward pass runs when stage 1 reduces; with this set it leaves gradients out that came before.
+        self.optimizer.overlap_comm = False
 
     def reduce(self) -> None:
         if not self.optimizer.partition_gradients:
+            self._fill_missing()
             super().reduce()
             return
         self.engine.set_gradient_accumulation_boundary(True)
         self.optimizer.finalize_gradient_accumulation_boundary()
         self._land()
+
+    def _fill_missing(self) -> None:
+        # DeepSpeed leaves out what this rank did not use, and so adds up gradients of different parameters.
+        for group in self.optimizer.bit16_groups:
+            for parameter in group:
+                if parameter.requires_grad and parameter.grad_accum is None:
+                    parameter.grad_accum = torch.zeros_like(parameter, dtype=self.optimizer.gradient_accumulation_dtype)
 
     def accumulated(self) -> Iterator[torch.Tensor]:
         if not self.optimizer.partition_gradients:
@@ -253,6 +273,7 @@ class Stage3Gradients(_ZeroGradients):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self._counted: list[Any] = []
+        self._keep_order()
 
     def arm(self) -> None:
         super().arm()

@@ -1,0 +1,228 @@
+"""Modules that only some ranks run: right, or refused with the module and the ranks named."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed.pool import RankPool
+from tests.engine.small import accelerator
+from tests.parity.problem import DTYPES, full_weights
+from zeroaccel.errors import DistributedError
+
+FEATURES = 6
+
+
+class Experts(nn.Module):
+    """Layers of which a call runs those that it names, however many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"a": 8, "b": 8, "c": 24, "d": 8}
+        self.layers = nn.ModuleDict({name: nn.Linear(8, size) for name, size in sizes.items()})
+
+    def forward(self, x: torch.Tensor, names: str) -> torch.Tensor:
+        for name in names:
+            x = x + self.layers[name](x)[:, :8]
+        return x
+
+
+class Net(nn.Module):
+    """A trunk, experts between, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(FEATURES, 8)
+        self.experts = Experts()
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, names: str) -> torch.Tensor:
+        hidden = torch.tanh(self.trunk(x.to(self.trunk.weight.dtype)))
+        return self.head(self.experts(hidden, names)).float()
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which experts each rank runs in each backward pass; `passes[i][rank]`.
+
+    Attributes:
+        passes: one after the other, repeated for four steps.
+        steps: gradient accumulation steps.
+        backwards: passes of one micro-batch.
+    """
+
+    passes: tuple[tuple[str, str], ...]
+    steps: int = 1
+    backwards: int = 1
+
+
+ROUTES = {
+    "two of one size": Routes((("a", "b"),)),
+    "on rank 0 only": Routes((("a", ""),)),
+    "on rank 1 only": Routes((("", "a"),)),
+    "of other sizes": Routes((("ab", "c"),)),
+    "in another order": Routes((("abd", "dba"),)),
+    "they differ from the second pass on": Routes((("a", "a"), ("a", "b"), ("cd", ""), ("", "ab"))),
+    "they differ at first only": Routes((("a", "b"), ("d", "d"), ("c", "c"), ("d", "d"))),
+    "in a window": Routes((("a", "b"), ("", "c")), steps=2),
+    "in two losses": Routes((("a", "b"), ("bd", "")), backwards=2),
+}
+
+
+def _batch(number: int, rank: int) -> torch.Tensor:
+    return torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(100 * number + rank))
+
+
+def _reference(routes: Routes, precision: str) -> dict[str, torch.Tensor]:
+    """Plain PyTorch on both ranks' batches; fp32 masters, gradients in the precision."""
+    torch.manual_seed(3)
+    masters, model = Net(), Net().to(DTYPES[precision])
+    optimizer = torch.optim.SGD(masters.parameters(), lr=0.1, momentum=0.9)
+    turns = itertools.cycle(routes.passes)
+    for step in range(4):
+        model.load_state_dict(masters.state_dict())
+        for micro in range(routes.steps * routes.backwards):
+            for rank, names in enumerate(next(turns)):
+                loss = model(_batch(10 * step + micro, rank), names).square().mean() / 2 / routes.steps
+                loss.backward()  # type: ignore[no-untyped-call]
+        for master, weight in zip(masters.parameters(), model.parameters(), strict=True):
+            master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        optimizer.step()
+    return {name: weight.detach() for name, weight in masters.to(DTYPES[precision]).float().named_parameters()}
+
+
+def _train(
+    routes: Routes,
+    zero: dict[str, Any],
+    precision: str = "no",
+    fp32_accumulation: bool = False,
+    plugin: dict[str, Any] | None = None,
+) -> float:
+    """The largest difference of a weight from the reference's."""
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": routes.steps,
+        "zero_optimization": zero,
+        **({} if precision == "no" else {precision: {"enabled": True}}),
+        **({"fp16": {"enabled": True, "loss_scale": 128}} if precision == "fp16" else {}),
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if fp32_accumulation else {}),
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    running = accelerator(config, **(plugin or {}))
+    torch.manual_seed(3)
+    model = Net()
+    model, optimizer = running.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    turns = itertools.cycle(routes.passes)
+    for step in range(4):
+        for window in range(routes.steps):
+            with running.accumulate(model):
+                for pass_ in range(routes.backwards):
+                    number = 10 * step + window * routes.backwards + pass_
+                    names = next(turns)[running.process_index]
+                    running.backward(model(_batch(number, running.process_index), names).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+    reference = _reference(routes, precision)
+    found = full_weights(model)
+    return max(float((found[name].float() - weight).abs().max()) for name, weight in reference.items())
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "stage 0": {"stage": 0},
+    "stage 1": {"stage": 1},
+    "stage 1, overlapping": {"stage": 1, "overlap_comm": True},
+    "stage 2": {"stage": 2},
+    "stage 2, small buckets": {"stage": 2, "reduce_bucket_size": 60},
+    "stage 2, offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "stage 2, overlapping": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 60},
+}
+TOLERANCE = {"no": 2e-6, "bf16": 8e-3, "fp16": 1e-3}  # in 16 bit of a rounded weight
+
+
+def _train_all(
+    zero: dict[str, Any], precision: str = "no", fp32_accumulation: bool = False, **plugin: Any
+) -> dict[str, float]:
+    return {name: _train(routes, zero, precision, fp32_accumulation, plugin) for name, routes in ROUTES.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_run_different_modules_get_the_gradients_of_all(ranks: RankPool, kind: str) -> None:
+    for distances in ranks.run(_train_all, zero=KINDS[kind]):
+        assert {name: distance for name, distance in distances.items() if distance > TOLERANCE["no"]} == {}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_run_different_modules_in_16_bit(ranks: RankPool, kind: str, precision: str) -> None:
+    for distances in ranks.run(_train_all, zero=KINDS[kind], precision=precision):
+        assert {name: distance for name, distance in distances.items() if distance > TOLERANCE[precision]} == {}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["stage 1", "stage 2", "stage 2, small buckets"])
+def test_ranks_that_run_different_modules_in_bf16_with_fp32_accumulation(ranks: RankPool, kind: str) -> None:
+    for distances in ranks.run(_train_all, zero=KINDS[kind], precision="bf16", fp32_accumulation=True):
+        assert {name: distance for name, distance in distances.items() if distance > TOLERANCE["bf16"]} == {}
+
+
+@pytest.mark.parametrize(("threshold", "offload"), [(0, "cpu"), (1000, "none")])  # all are gathered, or none
+def test_stage_3_trains_mixtures_of_experts_whose_class_is_named(ranks: RankPool, threshold: int, offload: str) -> None:
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": threshold,
+        "reduce_bucket_size": 100,
+        "offload_optimizer": {"device": offload},
+    }
+    for distances in ranks.run(_train_all, zero=zero, transformer_moe_cls_names="Experts"):
+        assert {name: distance for name, distance in distances.items() if distance > TOLERANCE["no"]} == {}
+
+
+def _refusal(route: str) -> str:
+    try:
+        _train(ROUTES[route], {"stage": 3, "stage3_param_persistence_threshold": 0})
+    except DistributedError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("route", "rank_0", "rank_1"),
+    [
+        ("two of one size", "forward of experts.layers.a", "forward of experts.layers.b"),
+        ("on rank 1 only", "forward of head", "forward of experts.layers.a"),
+    ],
+)
+def test_stage_3_names_the_modules_that_only_some_ranks_run(
+    ranks: RankPool, route: str, rank_0: str, rank_1: str
+) -> None:
+    for message in ranks.run(_refusal, route=route):
+        assert f"rank 0: {rank_0} (Linear)" in message
+        assert f"rank 1: {rank_1} (Linear)" in message
+        assert "transformer_moe_cls_names" in message
+
+
+def _evaluate_other_modules() -> str:
+    running = accelerator({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    model = Net()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model = running.prepare(model)
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(_batch(0, 0), "ab"[running.process_index])
+    except DistributedError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_stage_3_compares_ranks_in_inference_too(ranks: RankPool) -> None:
+    for message in ranks.run(_evaluate_other_modules):
+        assert "rank 1: forward of experts.layers.b (Linear)" in message
