@@ -31,6 +31,7 @@ FACADES = len(ROOMS)
 UPWARD = {
     ("config/plugin.py", "zeroaccel.engine.zero3", "set_moe_leaf_modules"),
     ("config/plugin.py", "zeroaccel.engine.zero3", "set_deepspeed_weakref"),
+    ("config/plugin.py", "zeroaccel.engine.zero3", "zero3_init_context_manager"),
     ("logging.py", "zeroaccel.config", ""),
 }
 DEEPSPEED_OUTSIDE = {("config/schema.py", True)}  # inside a function only

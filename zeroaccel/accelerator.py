@@ -36,9 +36,11 @@ from zeroaccel.config.types import DistributedType, PrecisionType
 from zeroaccel.data_loader import prepare_data_loader, skip_first_batches
 from zeroaccel.data_loader.joint import even_batches_set
 from zeroaccel.distributed import operations
+from zeroaccel.engine import gathering
 from zeroaccel.engine.arguments import Kind, kind_of, mark_prepared
 from zeroaccel.engine.backend import Setup, make_backend
-from zeroaccel.engine.optimizer import AcceleratedOptimizer
+from zeroaccel.engine.masters import Share
+from zeroaccel.engine.optimizer import AcceleratedOptimizer, DeepSpeedOptimizerWrapper
 from zeroaccel.engine.scheduler import AcceleratedScheduler
 from zeroaccel.engine.unwrap import extract_model_from_parallel
 from zeroaccel.engine.wrapper import DeepSpeedEngineWrapper
@@ -451,6 +453,18 @@ class Accelerator:
     # --- prepare ------------------------------------------------------------------------------------------------
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+    def zero_init(self) -> AbstractContextManager[None]:
+        """Any PyTorch model built inside is born partitioned at stage 3; below, and without DeepSpeed, does nothing.
+
+        The weights are those that the model would have without the block, with rank 0's seed. Collective at stage 3.
+
+            with accelerator.zero_init():
+                model = Model()
+        """
+        plugin = self.deepspeed_plugin
+        at_stage_3 = plugin is not None and plugin.zero_stage == 3
+        return plugin.zero3_init_context_manager(enable=True) if plugin and at_stage_3 else contextlib.nullcontext()
+
         """Prepares models, optimizers, loaders and schedulers, in any order and subset.
 
         Args:
@@ -709,6 +723,24 @@ class Accelerator:
         """The user's own module inside what `prepare()` returned."""
         return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
+    def gathered_parameters(self, model_or_params: Any, modify: bool = False) -> AbstractContextManager[None]:
+        """Inside the block the parameters are whole on every rank, on every stage. Collective, also at its end.
+
+        Args:
+            model_or_params: a model, prepared or not, a parameter, or several of them.
+            modify: keep what rank 0 changes, on all ranks: the fp32 masters of a prepared model follow, so that the
+                next step goes on from it; optimizer states stay as they are. Other ranks' changes are overwritten.
+
+        Raises:
+            UsageError: at the end of the block, on the rank that changed parameters without `modify`, or in a way that
+                cannot be kept.
+            DistributedError: on the other ranks then, and where the ranks do not gather the same.
+        """
+        return gathering.gathered(model_or_params, modify, self._shares)
+
+    def _shares(self) -> list[Share]:
+        return [self._backend.share(model) for model in self._models]
+
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, Any] | None:
         """The model's weights by name. Every rank must call it at stage 3.
 
@@ -795,8 +827,7 @@ class Accelerator:
         return self._checkpoints.before_load.register(hook)
 
     def _contents(self) -> Contents:
-        shares = [self._backend.share(model) for model in self._models]
-        return Contents(shares, self._schedulers, self._dataloaders, self._custom_objects, self.step)
+        return Contents(self._shares(), self._schedulers, self._dataloaders, self._custom_objects, self.step)
 
     def save_state(
         self,

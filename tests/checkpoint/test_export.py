@@ -179,8 +179,8 @@ def _refused(what: str, folder: str) -> str:
     ("what", "message"),
     [
         ("_without_flag", "stage3_gather_16bit_weights_on_model_save"),
-        ("_placeholder", r"frozen\.weight.* size 0"),
-        ("_renamed", "another has size 0"),
+        ("_placeholder", r"frozen\.weight.* no values"),
+        ("_renamed", "another has no value"),
         ("_a_file", "is a file"),
         ("_no_tensor", r"norm\._extra_state: no tensors"),
     ],

@@ -17,6 +17,7 @@ from zeroaccel.checkpoint.weight_files import Export, Weight, check_folder, no_c
 from zeroaccel.config.generic import convert_file_size_to_int
 from zeroaccel.distributed.objects import all_objects
 from zeroaccel.engine import shards
+from zeroaccel.engine.placeholders import Placeholder
 from zeroaccel.engine.unwrap import extract_model_from_parallel
 from zeroaccel.errors import ConfigError, DistributedError
 from zeroaccel.state import PartialState
@@ -63,11 +64,11 @@ def entries_of(module: torch.nn.Module) -> tuple[list[Entry], dict[str, Any]]:
         if not isinstance(value, torch.Tensor):
             others[name] = value
             continue
+        if isinstance(value, Placeholder) or (split and value.numel() == 0 and id(value) not in own):
+            value = _split_parameter(name, split)
         if value.is_meta:
             raise ConfigError(f"{name} is on the meta device, so it has no value to save")
         shards.refuse_expert_parallel(name, value)
-        if split and value.numel() == 0 and id(value) not in own:
-            value = _split_parameter(name, split)
         key = _identity(value)
         names.setdefault(key, []).append(name)
         tensors[key] = value
@@ -79,8 +80,8 @@ def _split_parameter(name: str, split: Mapping[str, torch.Tensor]) -> torch.Tens
     """The parameter that a state dict of the module's own making shows as its placeholder."""
     if name not in split:
         raise ConfigError(
-            f"{name} has size 0 in the model's state dict: it stands for a parameter that ZeRO stage 3 has split, under"
-            " a name that the model does not have, so its value cannot be collected"
+            f"{name} has no value in the model's state dict: it stands for a parameter that ZeRO stage 3 has split,"
+            " under a name that the model does not have, so its value cannot be collected"
         )
     return split[name]
 
@@ -92,7 +93,7 @@ def _identity(tensor: torch.Tensor) -> Any:
 
 def _where(entries: list[Entry]) -> list[Entry]:
     """Notes which tensors are whole on every rank."""
-    listed = [(entry.names, tuple(shards.whole_shape(entry.tensor)), entry.tensor.dtype) for entry in entries]
+    listed = [(entry.names, tuple(shards.logical_shape(entry.tensor)), entry.tensor.dtype) for entry in entries]
     views = all_objects((str(listed), [shards.is_here(entry.tensor) for entry in entries]))
     if len({view[0] for view in views}) > 1:
         raise DistributedError("the ranks have different models, so their weights cannot be put together")
@@ -151,7 +152,7 @@ def _collected(entry: Entry) -> torch.Tensor | None:
         for _ in entry.pieces([0]):
             pass
         return None
-    value = torch.empty(shards.whole_shape(entry.tensor), dtype=entry.tensor.dtype)
+    value = torch.empty(shards.logical_shape(entry.tensor), dtype=entry.tensor.dtype)
     flat, start = value.view(-1), 0
     for piece in entry.pieces([0]):
         flat[start : start + piece.numel()].copy_(piece)
@@ -195,7 +196,7 @@ def save_model(
     writers = [rank for rank, one in enumerate(all_objects(writes)) if one] if collective else [state.process_index]
     weights = [
         Weight(
-            Layout(entry.names[0], entry.tensor.dtype, tuple(shards.whole_shape(entry.tensor))),
+            Layout(entry.names[0], entry.tensor.dtype, tuple(shards.logical_shape(entry.tensor))),
             partial(entry.pieces, writers),
             entry.names[1:],
         )
@@ -223,12 +224,12 @@ def refuse_placeholders(value: Any, models: Iterable[torch.nn.Module]) -> None:
         name
         for model in models
         for name, parameter in extract_model_from_parallel(model).named_parameters(remove_duplicate=False)
-        if shards.is_split(parameter) and shards.whole_shape(parameter).numel()
+        if shards.is_split(parameter) and shards.logical_shape(parameter).numel()
     }
-    if split and (empty := list(_empty(value, split))):
+    if empty := list(_empty(value, split)):
         raise ConfigError(
-            f"{', '.join(empty[:5])}{' and more' * (len(empty) > 5)} have size 0: ZeRO stage 3 has split them, and a"
-            " state dict shows placeholders. Save accelerator.get_state_dict(model), or call"
+            f"{', '.join(empty[:5])}{' and more' * (len(empty) > 5)} have no values: ZeRO stage 3 has split them, and"
+            " a state dict shows placeholders. Save accelerator.get_state_dict(model), or call"
             " accelerator.save_model(model, folder)"
         )
 
@@ -238,7 +239,9 @@ def _empty(value: Any, split: set[str]) -> Iterator[str]:
         return
     for name, inner in value.items():
         if isinstance(inner, torch.Tensor):
-            if inner.numel() == 0 and str(name).removeprefix("module.") in split:
+            if isinstance(inner, Placeholder) or (
+                inner.numel() == 0 and str(name).removeprefix("module.") in split
+            ):
                 yield str(name)
         else:
             yield from _empty(inner, split)

@@ -201,7 +201,7 @@ def _check(module: torch.nn.Module, stored: Mapping[str, Any], strict: bool, whe
             if strict:
                 problems.append(f"{name} is missing")
             continue
-        shape = shards.whole_shape(tensor) if isinstance(tensor, torch.Tensor) else None
+        shape = shards.logical_shape(tensor) if isinstance(tensor, torch.Tensor) else None
         if shape is not None and stored[source].shape != shape:
             problems.append(f"{name} has shape {tuple(stored[source].shape)} there and {tuple(shape)} in the model")
         wanted[name] = stored[source]

@@ -353,9 +353,9 @@ class DeepSpeedPlugin:
 
     def set_deepspeed_weakref(self) -> None:
         """Tells transformers whether to build models partitioned from now on."""
-        from zeroaccel.engine.zero3 import register_with_transformers
+        from zeroaccel.engine.zero3 import announce
 
-        self.dschf = register_with_transformers(copy.deepcopy(self.deepspeed_config), bool(self.zero3_init_flag))
+        self.dschf = announce(self)
 
     def is_zero3_init_enabled(self) -> bool:
         """Whether models are built partitioned."""
@@ -363,18 +363,21 @@ class DeepSpeedPlugin:
 
     @contextmanager
     def zero3_init_context_manager(self, enable: bool = False) -> Iterator[None]:
-        """Models built inside are partitioned, or with `enable=False` are not; restored also after an exception."""
-        before = self.zero3_init_flag
-        if bool(before) == enable:
-            yield
-            return
+        """Any model built inside is born partitioned at stage 3, or with `enable=False` whole. Collective at stage 3.
+
+        What held before holds again afterwards, also after an exception.
+
+        Raises:
+            UsageError: no `Accelerator` has been made with this plugin yet.
+        """
+        from zeroaccel.engine.zero3 import births
+
+        before, self.zero3_init_flag = self.zero3_init_flag, enable
         try:
-            self.zero3_init_flag = enable
-            self.set_deepspeed_weakref()
-            yield
+            with births(self):
+                yield
         finally:
             self.zero3_init_flag = before
-            self.set_deepspeed_weakref()
 
     def select(self, _from_accelerator_state: bool = False) -> None:
         """What `AcceleratorState().select_deepspeed_plugin(name)` calls.

@@ -20,18 +20,17 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from zeroaccel.engine import ops
+from zeroaccel.engine import birth, ops
 from zeroaccel.engine.compat import check_engine
 
 
 def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize(**arguments)`: engine, optimizer, loader and scheduler."""
     ops.build(ops.needed(arguments["config"]))
-    with _patched():
+    with birth.suspended(), _patched():
         engine, optimizer, loader, scheduler = deepspeed.initialize(**arguments)
     if optimizer is not None:
         check_engine(engine)
@@ -66,7 +65,6 @@ def _patched() -> Iterator[None]:
         # FusedAdam makes its state at the first step.
         (FP16_Optimizer, "initialize_optimizer_states", lambda self: None),
         (DeepSpeedEngine, "_broadcast_model", _with_dimensions(DeepSpeedEngine._broadcast_model)),
-        (Init, "_zero_init_param", _partitioning_scalars(Init._zero_init_param)),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in methods]
     for owner, name, method in methods:
@@ -90,20 +88,6 @@ def _with_dimensions(broadcast_model: Callable[[Any], None]) -> Callable[[Any], 
             parameter.data = parameter.data.view(())
 
     return broadcast
-
-
-def _partitioning_scalars(partition: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """The same for stage 3, which notes the shape to gather."""
-
-    def partition_any(init: Any, parameter: Any) -> None:
-        scalar = parameter.dim() == 0
-        if scalar:
-            parameter.data = parameter.data.view(1)
-        partition(init, parameter)
-        if scalar:
-            parameter.ds_shape = torch.Size([])
-
-    return partition_any
 
 
 def _keeping_optimizer(initialize_states: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -12,7 +12,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from zeroaccel.config import auto, schema
 from zeroaccel.config.facts import Facts, ResolvedConfig
-from zeroaccel.engine import compat, construction, facts, native_checkpoints, owners, stepping
+from zeroaccel.engine import (
+    compat,
+    construction,
+    facts,
+    master_access,
+    native_checkpoints,
+    owners,
+    stepping,
+    zero_init,
+)
 from zeroaccel.engine.arguments import (
     Kind,
     distinct,
@@ -53,6 +62,7 @@ class DeepSpeedBackend:
         quiet_deepspeed()
         self._setup = setup
         self._state = state
+        zero_init.mend()
         self._gradient_state = gradient_state
         self._weights = LossWeights(state.device)
         self._steppers: list[Stepper] = []
@@ -179,6 +189,7 @@ class DeepSpeedBackend:
 
     def _hand_over_scheduler(self, scheduler: Any, arguments: dict[str, Any]) -> None:
         """Schedulers that the engine steps itself."""
+            master_access.give_access(engine, self.share)
         if isinstance(scheduler, DummyScheduler):
             if scheduler.lr_scheduler_callable is not None:
                 arguments["lr_scheduler"] = scheduler.lr_scheduler_callable

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zeroaccel.engine.plain_stepping import PlainStepper
-from zeroaccel.engine.shards import whole_shape
+from zeroaccel.engine.shards import logical_shape
 from zeroaccel.errors import UnsupportedError, UsageError
 
 WEIGHT, BUFFER, STATE = "weight", "buffer", "optimizer."
@@ -307,7 +307,7 @@ class Share:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all parameters."""
-        return {name: tuple(whole_shape(parameter)) for name, parameter in self.module.named_parameters()}
+        return {name: tuple(logical_shape(parameter)) for name, parameter in self.module.named_parameters()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Dtypes that the model computes with."""

@@ -8,6 +8,7 @@ written to a file before the next one comes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ def is_split(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id")
 
 
-def whole_shape(tensor: Any) -> torch.Size:
-    """Shape of the whole value."""
+def logical_shape(tensor: Any) -> torch.Size:
+    """Shape of a parameter's whole value, on every stage; `.numel()` of it is the number of elements.
+
+    Args:
+        tensor: a parameter or buffer; one that stage 3 has split shows an empty tensor of its own (`shape` is (0,)).
+    """
     return torch.Size(tensor.ds_shape) if is_split(tensor) else tensor.shape
 
 
@@ -84,18 +89,32 @@ def _send(
     tensor: Any, length: int, rank: int, others: Sequence[int], receivers: Sequence[int]
 ) -> Iterator[torch.Tensor]:
     """Sends this rank's own part, and gives it to this rank if it is a receiver."""
-    own = tensor.ds_tensor
-    if hasattr(own, "ds_quant_scale"):
+    if hasattr(tensor.ds_tensor, "ds_quant_scale"):
         raise UnsupportedError("weights that zero_quantized_nontrainable_weights keeps quantized cannot be collected")
+    with own_part(tensor) as own:
+        piece = own.narrow(0, 0, length)
+        for receiver in others:
+            torch.distributed.send(piece.to(_wire(tensor)).contiguous().view(torch.uint8), dst=receiver)
+        if rank in receivers:
+            yield piece
+
+
+@contextmanager
+def own_part(tensor: Any, write: bool = False) -> Iterator[torch.Tensor]:
+    """This rank's part of a parameter that stage 3 has split, flat and padded, in memory as long as the block runs.
+
+    Args:
+        tensor: the parameter.
+        write: keep what the block writes.
+    """
+    own = tensor.ds_tensor
     on_disk = own.status.name != "AVAILABLE"
     if on_disk:
         tensor.nvme_swapper.swap_in([tensor], async_op=False)
-    piece = own.detach().narrow(0, 0, length)
-    for receiver in others:
-        torch.distributed.send(piece.to(_wire(tensor)).contiguous().view(torch.uint8), dst=receiver)
-    if rank in receivers:
-        yield piece
-    if on_disk:
+    yield own.detach().view(-1)
+    if on_disk and write:
+        tensor.nvme_swapper.swap_out_and_release([tensor])
+    elif on_disk:
         tensor.nvme_swapper.remove_partition_and_release_buffers([tensor])
 
 
@@ -108,12 +127,8 @@ def put(tensor: Any, value: torch.Tensor) -> None:
     """
     if tensor.ds_status.name == "AVAILABLE":
         tensor.data.copy_(value)
-    own, part = tensor.ds_tensor, tensor.partition_numel()
+    part = tensor.partition_numel()
     start = part * torch.distributed.get_rank(tensor.ds_process_group)
     source = value.reshape(-1)[start : start + part]
-    on_disk = own.status.name != "AVAILABLE"
-    if on_disk:
-        tensor.nvme_swapper.swap_in([tensor], async_op=False)
-    own.narrow(0, 0, source.numel()).copy_(source)
-    if on_disk:
-        tensor.nvme_swapper.swap_out_and_release([tensor])
+    with own_part(tensor, write=True) as own:
+        own.narrow(0, 0, source.numel()).copy_(source)

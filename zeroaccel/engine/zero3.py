@@ -2,51 +2,116 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeroaccel.config.document import HfDeepSpeedConfig
 from zeroaccel.engine import ops
-from zeroaccel.errors import ConfigError
+from zeroaccel.errors import ConfigError, UsageError
 from zeroaccel.state import AcceleratorState
 
+if TYPE_CHECKING:
+    from zeroaccel.config.plugin import DeepSpeedPlugin
 
-def register_with_transformers(config: dict[str, Any], partition_at_birth: bool) -> object | None:
-    """Tells transformers to build models partitioned (stage 3), or not to.
+
+class _Announced:
+    """A plugin's config as transformers asks for it: as it is now, with the numbers that `zero.Init` wants."""
+
+    def __init__(self, plugin: DeepSpeedPlugin) -> None:
+        self._plugin = plugin
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The DeepSpeed config."""
+        return _birth_config(self._plugin)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plugin.hf_ds_config, name)  # is_zero3, get_value, ...
+
+
+_announced: weakref.ref[_Announced] | None = None
+
+
+def announce(plugin: DeepSpeedPlugin) -> object | None:
+    """Tells transformers to build models partitioned, or not to, as the plugin says.
+
+    It works whether or not Accelerate is installed, which transformers' own `HfDeepSpeedConfig` asks for.
 
     Returns:
-        The object that must stay alive as long as this shall hold, or None.
+        What the plugin has to keep alive as long as this shall hold; None: models are built whole.
     """
-    if not partition_at_birth:
-        if "transformers" in sys.modules:  # else nothing was ever registered
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    wanted = plugin.zero3_init_flag and plugin.hf_ds_config.is_zero3()
+    return _tell(_Announced(plugin) if wanted and importlib.util.find_spec("transformers") else None)
 
-            unset_hf_deepspeed_config()
+
+def _tell(announced: _Announced | None) -> _Announced | None:
+    global _announced
+    _announced = None if announced is None else weakref.ref(announced)
+    if announced is None and "transformers" not in sys.modules:  # then nothing was ever told
         return None
-    if importlib.util.find_spec("transformers") is None:
+    from transformers.integrations import deepspeed as theirs
+
+    if announced is None:
+        theirs.unset_hf_deepspeed_config()
         return None
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config
+    from zeroaccel.engine import zero_init
 
-    ops.build(ops.needed(config))  # parameters born on NVMe are written through async_io
-    document = HfDeepSpeedConfig(_with_numbers(config))
-    set_hf_deepspeed_config(document)
-    return document
+    zero_init.mend()  # transformers enters DeepSpeed's context by itself
+    if announced.get_value("zero_optimization.offload_param.device") == "nvme":
+        ops.build(ops.needed(announced.config))
+    theirs.set_hf_deepspeed_config(announced)
+    return announced
 
 
-def _with_numbers(config: dict[str, Any]) -> dict[str, Any]:
-    # zero.Init reads the config before prepare() knows these; they do not matter for partitioning.
-    shown = dict(config)
+@contextmanager
+def births(plugin: DeepSpeedPlugin) -> Iterator[None]:
+    """Inside the block models, those of transformers too, are built partitioned, or whole, as the plugin says.
+
+    Raises:
+        UsageError: no `Accelerator` has been made with this plugin yet.
+        DistributedError: on all ranks, where they build different models.
+    """
+    before = None if _announced is None else _announced()
+    here = announce(plugin)
+    try:
+        if plugin.zero3_init_flag and plugin.hf_ds_config.is_zero3():
+            _refuse_early(plugin)
+            from zeroaccel.engine import birth  # which loads DeepSpeed
+
+            with birth.partitioned(_birth_config(plugin)):
+                yield
+        else:
+            loaded: Any = sys.modules.get("zeroaccel.engine.birth")  # else there is nothing to suspend
+            with nullcontext() if loaded is None else loaded.suspended():
+                yield
+    finally:
+        del here
+        _tell(before)
+
+
+def _refuse_early(plugin: DeepSpeedPlugin) -> None:
+    plugins = AcceleratorState._shared_state.get("deepspeed_plugins")
+    if not any(plugin is known for known in (plugins.values() if isinstance(plugins, dict) else [plugins])):
+        raise UsageError(
+            "models can be built partitioned once there is an Accelerator, which knows ranks and precision: make"
+            " `Accelerator(deepspeed_plugin=plugin)` first"
+        )
+
+
+def _birth_config(plugin: DeepSpeedPlugin) -> dict[str, Any]:
+    """The config for `zero.Init`, which wants batch sizes that only `prepare()` knows and that do not matter to it."""
+    config = copy.deepcopy(plugin.deepspeed_config)
     for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):
-        if shown.get(key, "auto") == "auto":
-            shown[key] = 1
-    if shown.get("train_batch_size") == "auto":
-        del shown["train_batch_size"]
-    return shown
+        if config.get(key, "auto") == "auto":
+            config[key] = 1
+    config.pop("train_batch_size", None)
+    return config
 
 
 def set_leaf_modules(model: torch.nn.Module, class_names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What `accelerate.utils.deepspeed` has for DeepSpeed."""
+"""What `accelerate.utils.deepspeed` has for DeepSpeed, and `logical_shape`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ __getattr__, __all__ = reexport(
         "zeroaccel.engine.scheduler": [
             "DeepSpeedSchedulerWrapper",
             "DummyScheduler",
+        ],
+        "zeroaccel.engine.shards": [
+            "logical_shape",
         ],
         "zeroaccel.engine.wrapper": [
             "DeepSpeedEngineWrapper",
