@@ -73,7 +73,7 @@ def _check_plugins(plugin: Plugins | None, plugins: Plugins | None) -> Plugins |
 def _choose_plugins(given: Plugins | None) -> tuple[Plugins | None, bool]:
     """The plugins of this run, and whether DeepSpeed was chosen only because there are several processes."""
     existing = AcceleratorState._shared_state.get("deepspeed_plugins")
-    if given is not None and existing is not None:
+    if given is not None and existing is not None and given is not existing:
         raise UnsupportedError(
             "a second Accelerator shares the plugins of the first: pass all of them to the first one,"
             " as deepspeed_plugins={'name': plugin, ...}"
@@ -261,6 +261,7 @@ class Accelerator:
 
     def _reset_loop(self) -> None:
         self.step = 0
+        self.deepspeed_engine_wrapped: DeepSpeedEngineWrapper | None = None  # the first engine that trains
         self.flag_tensor: torch.Tensor | None = None
         self.trackers: list[Any] = []
         self._models: list[Any] = []
@@ -452,7 +453,6 @@ class Accelerator:
 
     # --- prepare ------------------------------------------------------------------------------------------------
 
-    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
     def zero_init(self) -> AbstractContextManager[None]:
         """Any PyTorch model built inside is born partitioned at stage 3; below, and without DeepSpeed, does nothing.
 
@@ -465,6 +465,7 @@ class Accelerator:
         at_stage_3 = plugin is not None and plugin.zero_stage == 3
         return plugin.zero3_init_context_manager(enable=True) if plugin and at_stage_3 else contextlib.nullcontext()
 
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
         """Prepares models, optimizers, loaders and schedulers, in any order and subset.
 
         Args:
@@ -489,6 +490,7 @@ class Accelerator:
     def _register(self, value: Any) -> None:
         if not getattr(value, "_is_accelerate_prepared", False):
             return
+        self._wrap_engine(value)
         for kind, known in (
             (torch.nn.Module, self._models),
             (AcceleratedOptimizer, self._optimizers),
@@ -498,12 +500,11 @@ class Accelerator:
             if isinstance(value, kind) and not any(value is other for other in known):
                 known.append(value)
 
-    @property
-    def deepspeed_engine_wrapped(self) -> DeepSpeedEngineWrapper | None:
-        """The first engine with its loop's methods; None without DeepSpeed or before `prepare()`."""
-        if self.deepspeed_plugin is None or not self._models:
-            return None
-        return DeepSpeedEngineWrapper(self._models[0])
+    def _wrap_engine(self, value: Any) -> None:
+        if isinstance(value, DeepSpeedOptimizerWrapper) and not self._optimizers:
+            self.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(value.engine)
+        elif self.deepspeed_engine_wrapped is None and self.deepspeed_plugin and isinstance(value, torch.nn.Module):
+            self.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(value)
 
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -584,15 +585,13 @@ class Accelerator:
     def sync_gradients(self, sync_gradients: bool) -> None:
         self.gradient_state.sync_gradients = sync_gradients
 
-    def _do_sync(self) -> bool:
-        state = self.gradient_state
-        if state.sync_with_dataloader and state.end_of_dataloader:
-            self.step, closing = 0, True
-        else:
-            self.step += 1
-            closing = self.step % state.num_steps == 0
-        state._mirror_sync_gradients(closing)
-        return closing
+    def _at_loaders_end(self) -> bool:
+        return self.gradient_state.sync_with_dataloader and self.gradient_state.end_of_dataloader
+
+    def _do_sync(self) -> None:
+        at_end = self._at_loaders_end()
+        self.step = 0 if at_end else self.step + 1
+        self.gradient_state._mirror_sync_gradients(at_end or self.step % self.gradient_accumulation_steps == 0)
 
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:
@@ -601,9 +600,10 @@ class Accelerator:
         The window closes after `gradient_accumulation_steps` blocks and at the end of the loader.
 
         Args:
-            models: accepted as in Accelerate; nothing is communicated before the window closes anyway.
+            models: whose window it is; where models train in turn, each counts the blocks that name it. None: of all.
         """
-        with self._backend.accumulation(self._do_sync()):
+        self._do_sync()
+        with self._backend.accumulation(models, self._at_loaders_end()):
             yield
 
     @contextmanager

@@ -141,6 +141,8 @@ def _micro_batch(r: _Resolution) -> Choice | None:
         known = r.facts.known_micro_batch_size
         if known is not None:
             return known, "earlier prepare()", "no loader in this call"
+        if r.facts.model is not None and r.facts.optimizer is None:
+            return _from_train_batch(r) or (1, "rule", "a model without an optimizer, which any batch size fits")
         if r.facts.implicit_plugin:
             return 1, "rule", "nobody configured DeepSpeed, and no loader tells the batch size"
         return _from_train_batch(r)

@@ -133,7 +133,7 @@ def _asked(section: str) -> dict[str, Any]:
     """What DeepSpeed's config class looks up there, with its default; empty where it cannot be a section."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    whole = inner = _Recorder({"train_batch_size": 1})
+    whole = inner = _Recorder({"train_micro_batch_size_per_gpu": 1})  # which fits any number of ranks
     for key in section.split(".") if section else ():
         inner[key] = inner = _Recorder({})  # from left to right: into the outer one, then it is the inner one
     with _quiet():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -54,8 +54,8 @@ class Backend(Protocol):
         """Accumulates gradients."""
         ...
 
-    def accumulation(self, closing: bool) -> AbstractContextManager[None]:
-        """One micro-batch of `accumulate()`."""
+    def accumulation(self, models: Sequence[Any], at_end: bool) -> AbstractContextManager[None]:
+        """One block of `accumulate(*models)`, which closes anyway where the loader ends."""
         ...
 
     def follow_accumulation(self) -> None:

@@ -32,7 +32,7 @@ def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
     ops.build(ops.needed(arguments["config"]))
     with birth.suspended(), _patched():
         engine, optimizer, loader, scheduler = deepspeed.initialize(**arguments)
-    if optimizer is not None:
+    if arguments.keys() & {"optimizer", "model_parameters"}:  # else DeepSpeed may still wrap a dummy
         check_engine(engine)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer) and engine.fp16_enabled() and engine.dynamic_loss_scale():
         engine.optimizer.loss_scale_config.cur_scale = float(engine.initial_dynamic_scale())

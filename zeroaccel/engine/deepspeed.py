@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ from zeroaccel.engine.arguments import (
 )
 from zeroaccel.engine.backend import Setup
 from zeroaccel.engine.deepspeed_masters import EngineShare
+from zeroaccel.engine.fetch_order import watch_first_passes
+from zeroaccel.engine.inference import generate_in_step, take_no_gradients
 from zeroaccel.engine.offload import for_offload, refuse_unshardable
 from zeroaccel.engine.optimizer import DeepSpeedOptimizerWrapper, DummyOptim
 from zeroaccel.engine.precision import guard_inputs
@@ -59,10 +62,10 @@ class DeepSpeedBackend:
     def __init__(self, setup: Setup, state: AcceleratorState, gradient_state: GradientState) -> None:
         compat.use_device(state.device)
         compat.check_deepspeed()
+        zero_init.mend()
         quiet_deepspeed()
         self._setup = setup
         self._state = state
-        zero_init.mend()
         self._gradient_state = gradient_state
         self._weights = LossWeights(state.device)
         self._steppers: list[Stepper] = []
@@ -151,7 +154,8 @@ class DeepSpeedBackend:
             logger.warning(warning)
         plugin.adopt(resolved)
         self._resolved = resolved
-        self._micro_batch_size = int(resolved.config["train_micro_batch_size_per_gpu"])
+        if optimizer is not None or loaders:  # else the number is nobody's wish
+            self._micro_batch_size = int(resolved.config["train_micro_batch_size_per_gpu"])
         self._gradient_state.plugin_kwargs["num_steps"] = int(resolved.config["gradient_accumulation_steps"])
         return plugin, copy.deepcopy(resolved.config)
 
@@ -163,7 +167,8 @@ class DeepSpeedBackend:
         if optimizer is None and stage in (1, 2):
             raise ConfigError(
                 f"ZeRO stage {stage} shards an optimizer, but prepare() got a {type(model).__name__} without one:"
-                " pass the optimizer in the same call, or use zero_stage=3 (or 0) for inference"
+                " pass the optimizer in the same call; or use zero_stage=3 (or 0) for inference, or"
+                " accelerator.prepare_model(model, evaluation_mode=True)"
             )
         plugin.set_moe_leaf_modules(model)
         arguments: dict[str, Any] = {"model": model, "config": config}
@@ -184,12 +189,14 @@ class DeepSpeedBackend:
         if optimizer is not None:
             stepper = Stepper(engine, trained, self._gradient_state, self._weights)
             made.update(self._wrap(stepper, sharded, engine_scheduler, optimizer, scheduler))
+            master_access.give_access(engine, self.share)
             self._log_summary(stepper)
+        else:
+            take_no_gradients(engine)
         return made
 
     def _hand_over_scheduler(self, scheduler: Any, arguments: dict[str, Any]) -> None:
         """Schedulers that the engine steps itself."""
-            master_access.give_access(engine, self.share)
         if isinstance(scheduler, DummyScheduler):
             if scheduler.lr_scheduler_callable is not None:
                 arguments["lr_scheduler"] = scheduler.lr_scheduler_callable
@@ -206,6 +213,9 @@ class DeepSpeedBackend:
         engine.no_sync = nullcontext  # a backward pass never communicates here; DeepSpeed's asserts at stages 2 and 3
         # DeepSpeed's own cast leaves keyword arguments out.
         guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs or engine.fp16_auto_cast())
+        if engine.zero_optimization_stage() == 3:
+            watch_first_passes(engine)
+            generate_in_step(engine.module)
         compiling = self._state.dynamo_plugin.compile_options()
         if compiling is not None:
             engine.compile(backend=compiling.pop("backend"), compile_kwargs=compiling)
@@ -303,9 +313,14 @@ class DeepSpeedBackend:
             )
         stepping.backward(self._steppers, loss, **options)
 
-    def accumulation(self, closing: bool) -> AbstractContextManager[None]:
-        """One micro-batch of `accumulate()`."""
-        return micro_batch([stepper.window for stepper in self._steppers], closing)
+    def accumulation(self, models: Sequence[Any], at_end: bool) -> AbstractContextManager[None]:
+        """One block of `accumulate(*models)`, which closes anyway where the loader ends."""
+        named = []
+        for stepper in self._steppers:
+            stepper.window.size = stepper.steps
+            if any(model is stepper.engine or model is stepper.engine.module for model in models):
+                named.append(stepper.window)
+        return micro_batch([stepper.window for stepper in self._steppers], named, at_end, self._gradient_state)
 
     def follow_accumulation(self) -> None:
         """Engines and the shown config go on with the number that the script assigned."""

@@ -287,7 +287,10 @@ class EngineShare(Share):
         open_windows.restore(self._stepper, window)
 
     def drop_gradients(self) -> None:
-        if self._stepper is not None and self._stepper.window.micro_batches:
+        if self._stepper is None:
+            return
+        self._stepper.window.forget_blocks()
+        if self._stepper.window.micro_batches:
             self._stepper._gradients.clear()
             self._stepper._end_window()
 

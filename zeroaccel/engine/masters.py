@@ -432,3 +432,4 @@ class PlainShare(Share):
         for stepper in self._steppers:
             stepper.optimizer.zero_grad()
             stepper._close()
+            stepper.window.forget_blocks()

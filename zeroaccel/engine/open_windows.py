@@ -49,6 +49,7 @@ def kept(stepper: Stepper) -> dict[str, Any]:
         "window": stepper.window.state_dict(),
         "reduced": stepper._reduced,
         "factor": stepper._factor,
+        "share": stepper._share,
         "unit": stepper._weights._unit,
     }
 
@@ -59,6 +60,7 @@ def restore(stepper: Stepper, saved: Mapping[str, Any]) -> None:
         _set_gradients(stepper, saved["gradients"], saved["flags"])
     stepper.window.load_state_dict(saved["window"])
     stepper._reduced, stepper._factor = saved["reduced"], saved["factor"]
+    stepper._share = saved.get("share", 1.0)
     if saved["unit"] is not None:
         stepper._weights._unit = saved["unit"]
 

@@ -165,6 +165,11 @@ class DeepSpeedOptimizerWrapper(AcceleratedOptimizer):
     def __init__(self, optimizer: torch.optim.Optimizer, stepper: Stepper | None = None) -> None:
         super().__init__(optimizer, device_placement=False, scaler=None, steps=stepper)
 
+    @property
+    def engine(self) -> Any:
+        """The engine whose optimizer this is."""
+        return self._steps.engine  # type: ignore[attr-defined]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible any more.
 

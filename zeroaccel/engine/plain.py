@@ -10,7 +10,15 @@ import torch
 
 from zeroaccel.config.facts import ResolvedConfig
 from zeroaccel.distributed.operations import convert_outputs_to_fp32
-from zeroaccel.engine.arguments import Kind, distinct, kind_of, mark_prepared, refuse_device_map, replace
+from zeroaccel.engine.arguments import (
+    Kind,
+    distinct,
+    kind_of,
+    mark_prepared,
+    parameters_of,
+    refuse_device_map,
+    replace,
+)
 from zeroaccel.engine.backend import Setup
 from zeroaccel.engine.masters import PlainShare
 from zeroaccel.engine.optimizer import AcceleratedOptimizer, DummyOptim
@@ -121,9 +129,17 @@ class PlainBackend:
         for stepper in self._steppers:
             stepper.count_backward(scaled, relative)
 
-    def accumulation(self, closing: bool) -> AbstractContextManager[None]:
-        """One micro-batch of `accumulate()`."""
-        return micro_batch([stepper.window for stepper in self._steppers], closing)
+    def accumulation(self, models: Sequence[Any], at_end: bool) -> AbstractContextManager[None]:
+        """One block of `accumulate(*models)`, which closes anyway where the loader ends."""
+        modules = [model for model in models if isinstance(model, torch.nn.Module)]
+        trained = {id(parameter) for model in modules for parameter in model.parameters()}
+        windows, named = [], []
+        for stepper in self._steppers:
+            stepper.window.size = self._gradient_state.num_steps
+            windows.append(stepper.window)
+            if any(id(parameter) in trained for parameter in parameters_of(stepper.optimizer)):
+                named.append(stepper.window)
+        return micro_batch(windows, named, at_end, self._gradient_state)
 
     def follow_accumulation(self) -> None:
         """Nothing: the windows ask for it."""

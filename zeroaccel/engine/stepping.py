@@ -17,10 +17,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from zeroaccel.engine.fragments import give_access
 from zeroaccel.engine.gradients import gradients_of
+from zeroaccel.engine.inference import let_go_after_backward
 from zeroaccel.engine.plain_stepping import AFTER_CLIPPING, check_at_epoch_end, never_stepped
 from zeroaccel.engine.weights import LossWeights
 from zeroaccel.engine.window import Window
-from zeroaccel.errors import UnsupportedError, UsageError
+from zeroaccel.errors import UsageError
 from zeroaccel.logging import library_logger
 from zeroaccel.state import GradientState
 
@@ -41,7 +42,7 @@ class Stepper:
 
     def __init__(self, engine: DeepSpeedEngine, trained: set[int], state: GradientState, weights: LossWeights) -> None:
         self.engine = engine
-        self.window = Window(state.num_steps)
+        self.window = Window(self.steps)
         self.step_was_skipped = False
         self.configured_clipping = float(engine.gradient_clipping() or 0.0)
         self.trained = trained
@@ -51,8 +52,10 @@ class Stepper:
         self._weights = weights
         self._begin_window()
         self._native = False
+        self._native_step_due = False
         self._reached = False
         self._weighted = False
+        self._share_of_pass, self._scale_of_pass = 1.0, 1.0
         self._hook_engine()
         self._gradients.after_step()
         give_access(engine.optimizer, self)
@@ -61,6 +64,8 @@ class Stepper:
     def _begin_window(self) -> None:
         self._reduced = False  # the gradients are averaged over the ranks
         self._factor = 1.0  # what they were multiplied with then
+        self._share = 1.0  # what they lack, as another model decided the loss's factor
+        self._foreign_scale = False  # which was its fp16 loss scale
         self._final = False  # they were clipped, read or changed: no backward pass may follow
         self._broken = False  # a backward pass into them failed
         self._edited = False  # DeepSpeed's stored norms are old
@@ -76,11 +81,16 @@ class Stepper:
 
         def native_backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             self._enter_native()
-            return DeepSpeedEngine.backward(engine, loss * 0 if self._state.filler else loss, *args, **kwargs)
+            result = DeepSpeedEngine.backward(engine, loss * 0 if self._state.filler else loss, *args, **kwargs)
+            self._native_step_due = engine.is_gradient_accumulation_boundary()
+            return result
 
         def native_step(*args: Any, **kwargs: Any) -> Any:
             self._enter_native()
-            return DeepSpeedEngine.step(engine, *args, **kwargs)
+            DeepSpeedEngine.step(engine, *args, **kwargs)
+            if self._native_step_due:
+                self.step_was_skipped = not engine.was_step_applied()
+            self._native_step_due = False
 
         def zero_grad(set_to_none: bool = True) -> None:
             if engine._running_engine_step:
@@ -94,15 +104,26 @@ class Stepper:
             own_prologue()
 
         def reach(gradient: Any) -> Any:  # at each gradient of an output, also in a second pass through a kept graph
-            if not self._reached:
+            if not self._reached and self._wants_gradients():
                 self._reached = True
                 if engine._running_engine_backward and not self._native:
                     self._admit()
+            elif not self._reached and engine.zero_optimization_stage() == 3:
+                let_go_after_backward(engine.optimizer.parameter_offload)
             return own_reach(gradient * 0 if self._state.filler and gradient is not None else gradient)
 
         engine.backward, engine.step = native_backward, native_step
         engine.zero_grad, engine._backward_prologue = zero_grad, prologue
         engine._backward_prologue_per_tensor = reach
+
+    @property
+    def steps(self) -> int:
+        """Gradient accumulation steps."""
+        return int(self.engine.gradient_accumulation_steps())
+
+    def _wants_gradients(self) -> bool:
+        """Whether a pass through the model is more than that: a script may freeze one while it trains another."""
+        return any(p.requires_grad for p in self.engine.module.parameters() if id(p) in self.trained)
 
     def _enter_native(self) -> None:
         if self.window.micro_batches:
@@ -121,13 +142,18 @@ class Stepper:
             raise UsageError("fp16 needs its loss scaled: call accelerator.backward(loss) instead of loss.backward()")
         self._begin_backward()
         self._admit()
-        # DeepSpeed divides the gradient of such a pass by the steps that it was configured with.
-        self._count_backward(scaled=self.engine.gradient_accumulation_steps() == self.window.size)
+        self._count_backward(scaled=True)  # DeepSpeed divides the gradient of such a pass
 
     # --- backward -----------------------------------------------------------------------------------------------
 
-    def _begin_backward(self, weighted: bool = False) -> None:
-        """A backward pass comes; whether it reaches this engine is not known yet."""
+    def _begin_backward(self, weighted: bool = False, share: float = 1.0, scale: float = 1.0) -> None:
+        """A backward pass comes; whether it reaches this engine is not known yet.
+
+        Args:
+            weighted: its loss is multiplied by a weight.
+            share: what this engine's gradients lack then, compared with those of a loss of its own.
+            scale: fp16 loss scale that it is multiplied by.
+        """
         if self._native:
             raise UsageError(
                 "this model is stepped natively (model.backward, model.step): accelerator.backward and"
@@ -135,6 +161,7 @@ class Stepper:
             )
         self._reached = False
         self._weighted = weighted
+        self._share_of_pass, self._scale_of_pass = share, scale
         if not self._final:
             self._gradients.arm()
 
@@ -147,6 +174,11 @@ class Stepper:
         if self._reduced:  # at stage 0
             self._multiply(1.0 / self._factor)
             self._reduced = False
+        if self._share != self._share_of_pass:
+            if self.window.micro_batches:
+                self._multiply(self._share / self._share_of_pass)
+            self._share = self._share_of_pass
+        self._foreign_scale |= self.loss_scale == 1.0 != self._scale_of_pass
 
     def _refuse_broken(self) -> None:
         if self._broken:
@@ -157,7 +189,7 @@ class Stepper:
 
     def _count_backward(self, scaled: bool, weight: float | None = None) -> None:
         state = self._state
-        self.window.size = state.num_steps
+        self.window.size = self.steps
         self.window.backward(state.batches_drawn if state.in_dataloader else None, scaled, weight)
         if not self.window.inside_context and not state.script_cuts:
             state._mirror_sync_gradients(self.window.syncs)
@@ -178,6 +210,7 @@ class Stepper:
             return
         weight = self.window.weight
         self._factor = self.window.correction if weight is None else self._weights.factor(weight)
+        self._factor *= self._share
         self._multiply(self._factor)
         self._gradients.reduce()
         self._reduced = True
@@ -194,6 +227,8 @@ class Stepper:
 
     def norm(self) -> torch.Tensor:
         """True norm of this window's gradients before clipping; inside an open window, the last one's."""
+        if self._native and (norm := self.engine.get_global_grad_norm()) is not None:
+            return torch.as_tensor(norm, device=self.engine.device)
         if self._closes():
             self.complete()
             self._refresh_norms()
@@ -266,7 +301,9 @@ class Stepper:
     def step(self) -> None:
         """The update, if this call closes the window; else nothing."""
         if self._native:
-            raise UsageError("optimizer.step() on a model that is stepped natively: call model.step() alone")
+            if self._native_step_due:
+                raise UsageError("optimizer.step() on a model that is stepped natively: call model.step() instead")
+            return  # as scripts for Accelerate call it after deepspeed_engine_wrapped.backward(), which has stepped
         self._refuse_broken()
         real = self.window.step(self._state.script_cuts, self._state.sync_gradients)
         if not self.window.inside_context and not self._state.script_cuts:
@@ -277,6 +314,11 @@ class Stepper:
         if self._gradients.local and (clipping := float(self.engine.gradient_clipping() or 0.0)):
             self.norm()  # DeepSpeed's own clipping fails there on a parameter without dimensions
             self.clip_norm(clipping)
+        if self._foreign_scale and not torch.isfinite(self.norm()):
+            self.step_was_skipped = True  # an overflow of the other model's, which skips as well
+            self._gradients.clear()
+            self._end_window()
+            return
         self._refresh_norms()
         DeepSpeedEngine.step(self.engine)
         self.step_was_skipped = not self.engine.was_step_applied()
@@ -324,8 +366,12 @@ def backward(
         weight: number of tokens of which the loss is the mean; then the step is on the mean over all tokens of the
             window and of all ranks, and nothing is divided by the gradient accumulation steps.
     """
+    divided = scale_wrt_gas and weight is None
+    divisor = max(stepper.steps for stepper in steppers) if divided else 1
+    scale = _common_scale(steppers)
     for stepper in steppers:
-        stepper._begin_backward(weighted=weight is not None)
+        share = stepper.loss_scale / scale * (divisor / stepper.steps if divided else 1.0)
+        stepper._begin_backward(weighted=weight is not None, share=share, scale=scale)
     if len(steppers) == 1:
         steppers[0]._admit()
     if steppers[0]._state.filler:  # this rank has no batch any more, but the others need it
@@ -333,14 +379,14 @@ def backward(
     relative = None if weight is None else steppers[0]._weights.relative(weight)
     if relative is not None:
         loss = loss * relative
-    elif scale_wrt_gas and (steps := steppers[0]._state.num_steps) > 1:
-        loss = loss / steps
+    elif divisor > 1:
+        loss = loss / divisor
     with ExitStack() as stack:
         if retain_graph:
             for stepper in steppers:
                 stack.enter_context(stepper._gradients.keeping_graph())
         try:
-            reached = _backward_through(steppers, loss, retain_graph)
+            reached = _backward_through(steppers, loss, retain_graph, scale)
         except BaseException:
             for stepper in steppers:
                 stepper._broken |= stepper._reached
@@ -349,10 +395,17 @@ def backward(
         stepper._count_backward(scale_wrt_gas, relative)
 
 
-def _backward_through(steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool) -> Sequence[Stepper]:
+def _common_scale(steppers: Sequence[Stepper]) -> float:
+    """Factor of a loss that may run through all of them: the smallest loss scale of those in fp16."""
+    return min((stepper.loss_scale for stepper in steppers if stepper.loss_scale != 1.0), default=1.0)
+
+
+def _backward_through(
+    steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool, scale: float
+) -> Sequence[Stepper]:
     """Runs the pass; returns the engines that took part."""
     if len(steppers) > 1:
-        return _backward_several(steppers, loss, retain_graph)
+        return _backward_several(steppers, loss, retain_graph, scale)
     _backward_one(steppers[0], loss, retain_graph)
     return steppers
 
@@ -364,14 +417,10 @@ def _backward_one(stepper: Stepper, loss: torch.Tensor, retain_graph: bool) -> N
     DeepSpeedEngine.backward(stepper.engine, loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
 
-def _backward_several(steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool) -> list[Stepper]:
-    scales = {stepper._gradients.loss_scale for stepper in steppers}
-    if len(scales) > 1:
-        raise UnsupportedError(
-            f"one backward pass through models with different fp16 loss scales ({sorted(scales)}): use bf16,"
-            " or give the fp16 models one static loss_scale"
-        )
-    if (scale := scales.pop()) != 1.0:
+def _backward_several(
+    steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool, scale: float
+) -> list[Stepper]:
+    if scale != 1.0:
         loss = loss.float() * scale
     engines = [stepper.engine for stepper in steppers]
     state = _GRAPHS.new_state()

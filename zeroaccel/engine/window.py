@@ -44,15 +44,26 @@ class Window:
         self._outside = Cutter.UNDECIDED
         self.inside_context = False
         self._closing = True
+        self._begins = True  # the block before this one closed its window
+        self._blocks = 0
         self._new_micro_batch = True
         self._batch: int | None = None
         self._rescalable = True
         self.weight: float | None = None
 
+    def next_block(self, at_end: bool) -> bool:
+        """Counts a block of `accumulate()`; whether it is the last of its window, as at the end of a loader."""
+        self._blocks = 0 if at_end or self._blocks + 1 >= self.size else self._blocks + 1
+        return self._blocks == 0
+
+    def forget_blocks(self) -> None:
+        """The next block of `accumulate()` begins a window."""
+        self._blocks = 0
+
     def enter_context(self, closing: bool) -> None:
         """An `accumulate()` block begins; `closing` if it is the last of its window."""
         self.inside_context = True
-        self._closing = closing
+        self._begins, self._closing = self._closing, closing
         self._new_micro_batch = True
 
     def leave_context(self) -> None:
@@ -142,6 +153,7 @@ class Window:
         """How far the open window is, as numbers and strings."""
         return {
             "micro_batches": self.micro_batches,
+            "blocks": self._blocks,
             "steps_called": self.steps_called,
             "cutter": self.cutter.name,
             "outside": self._outside.name,
@@ -154,6 +166,7 @@ class Window:
         self.micro_batches, self.steps_called = state["micro_batches"], state["steps_called"]
         self.cutter, self._outside = Cutter[state["cutter"]], Cutter[state["outside"]]
         self._rescalable, self.weight = state["rescalable"], state["weight"]
+        self._blocks = state.get("blocks", self.micro_batches)
         self._new_micro_batch, self._batch, self._closing = True, None, False
 
     @property
@@ -162,7 +175,8 @@ class Window:
         if self.micro_batches == 0 or self.cutter in (Cutter.UNDECIDED, Cutter.SCRIPT):
             return True
         if self.cutter is Cutter.CONTEXT:
-            return self._closing and not self._new_micro_batch
+            # Before the block's first backward pass there may be gradients that another model's pass left here.
+            return self._begins if self._new_micro_batch else self._closing
         return self.micro_batches >= self.size
 
     @property
@@ -188,10 +202,21 @@ class Window:
 
 
 @contextmanager
-def micro_batch(windows: Sequence[Window], closing: bool) -> Iterator[None]:
-    """One block of `accumulate()`, for all engines: `sync_gradients` is one flag for all of them."""
+def micro_batch(windows: Sequence[Window], named: Sequence[Window], at_end: bool, state: Any) -> Iterator[None]:
+    """One block of `accumulate()`, for all engines.
+
+    Args:
+        windows: of all engines.
+        named: those of the models that the block names, which count it; none: all do.
+        at_end: the block closes whatever the count, as the loader ends.
+        state: the `GradientState`, which shows whether the block closes.
+    """
+    closing = [window.next_block(at_end) for window in named or windows]
+    counted = {id(window): closes for window, closes in zip(named or windows, closing, strict=True)}
+    if closing:
+        state._mirror_sync_gradients(closing[0])
     for window in windows:
-        window.enter_context(closing)
+        window.enter_context(counted.get(id(window), closing[0]))
     try:
         yield
     finally:
