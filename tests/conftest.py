@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,14 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_group_stays() -> Iterator[None]:
+    """Later modules fork this process, which a process group forbids: what needs one runs in a `RankPool`."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    assert distributed is None or not distributed.is_initialized(), "a test of this module left a process group"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.commands.runs import clean_environment, wait_until
+from tests.distributed.pool import RankPool
 from tests.engine.build_tiny import SOURCE
 from tests.engine.small import accelerator, loader, net
 from zeroaccel.engine import ops
@@ -56,21 +57,34 @@ def test_a_config_names_its_ops(name: str) -> None:
     assert ops.needed(asked) == expected
 
 
-@pytest.mark.parametrize("name", ["Adam", "Adagrad offloaded", "optimizer on NVMe"])
-def test_deepspeed_loads_just_these(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A fact about DeepSpeed: `needed` foretells what it compiles."""
+@pytest.fixture(scope="module")
+def rank() -> Iterator[RankPool]:
+    """A process of its own: `prepare()` would leave its process group in this one."""
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+def loaded_ops(asked: dict[str, Any]) -> list[str]:
+    """What DeepSpeed loads for a config."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     from zeroaccel.utils import DummyOptim
 
+    OpBuilder._loaded_ops.clear()
+    sys.__dict__.pop("_deepspeed_pin_memory_op_module", None)
+    model = net()
+    accelerator(asked).prepare(model, DummyOptim(model.parameters()), loader())
+    return sorted(OpBuilder._loaded_ops)
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adagrad offloaded", "optimizer on NVMe"])
+def test_deepspeed_loads_just_these(name: str, rank: RankPool, tmp_path: Path) -> None:
+    """A fact about DeepSpeed: `needed` foretells what it compiles."""
     asked, expected = NEEDED[name]
     if "NVMe" in name:
         asked["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path)
-    monkeypatch.setattr(OpBuilder, "_loaded_ops", loaded := {})
-    monkeypatch.delattr(sys, "_deepspeed_pin_memory_op_module", raising=False)
-    model = net()
-    accelerator(asked).prepare(model, DummyOptim(model.parameters()), loader())
-    assert sorted(loaded) == sorted(expected)
+    assert rank.run(loaded_ops, asked=asked) == [sorted(expected)]
 
 
 # --- what the machine lacks -------------------------------------------------------------------------------------
