@@ -106,7 +106,7 @@ def _parts(precision: str, offload: str, path: str) -> None:
         size, whole = part.numel(), safe_get_full_fp32_param(parameter).flatten()
         own = whole[size * rank : size * (rank + 1)]
         assert torch.equal(part[: own.numel()], own), name
-        kept[name] = part, part.clone()
+        kept[name] = part[: own.numel()], own.clone()  # what pads it may be anything
         new = torch.full((size,), rank + 1.5)
         safe_set_local_fp32_param(parameter, new)
         safe_set_local_optimizer_state(parameter, new, "exp_avg")

@@ -68,6 +68,8 @@ def _pretrained(kind: str, precision: str, offload: str, folder: str) -> None:
         offload_param_device=offload,
         offload_param_nvme_path=folder,
     )
+    if offload == "nvme":  # else buffers of GiB
+        running.deepspeed_config["zero_optimization"]["offload_param"]["buffer_size"] = 100_000
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
     model = build.from_pretrained(folder)
     assert all(is_split(parameter) and not parameter.numel() for parameter in model.parameters())

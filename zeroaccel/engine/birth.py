@@ -13,6 +13,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def partitioned(config: dict[str, Any]) -> Iterator[None]:
         return
     ops.build(ops.needed(config))
     zero_init.mend()
-    _current = birth = _Birth(_Init(config_dict_or_path=config))
+    _current = birth = _Birth(config)
     try:
         with birth.listening():
             yield
@@ -119,12 +120,12 @@ class _Birth(TorchFunctionMode):
     """What has been built inside one block.
 
     Args:
-        init: splits parameters.
+        config: of DeepSpeed.
     """
 
-    def __init__(self, init: _Init) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        self._init = init
+        self._config = config
         self._state = PartialState()
         self._paused = False
         self._modules: weakref.WeakKeyDictionary[torch.nn.Module, None] = weakref.WeakKeyDictionary()  # in order
@@ -132,19 +133,29 @@ class _Birth(TorchFunctionMode):
         self._whole: dict[int, Any] = {}  # looked back at, oldest first
         self._assigned: dict[int, Any] = {}  # whose data was replaced
 
+    @cached_property
+    def _init(self) -> _Init:
+        """What splits parameters, made for the first one: for NVMe it takes buffers of some GiB."""
+        init = _Init(config_dict_or_path=self._config)
+        init.birth = self
+        if init.mem_efficient_linear:
+            init._enable_mem_efficient_linear()
+        return init
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Splits what is attached inside the block, and has split parameters act whole there."""
-        self._init.birth = self
         with ExitStack() as stack:
             stack.callback(register_module_module_registration_hook(self._attached).remove)
             stack.callback(register_module_parameter_registration_hook(self._registered).remove)
-            stack.callback(setattr, self._init, "birth", None)
+            stack.callback(self._let_go)
             stack.enter_context(placeholders.fetching(self.fetch))
             stack.enter_context(self)
-            if self._init.mem_efficient_linear:
-                self._init._enable_mem_efficient_linear()
             yield
+
+    def _let_go(self) -> None:
+        if "_init" in self.__dict__:
+            self._init.birth = None
 
     @contextmanager
     def paused(self, value: bool) -> Iterator[None]:
@@ -188,7 +199,7 @@ class _Birth(TorchFunctionMode):
             self._split_all(module)
             for buffer in module.buffers():
                 if not buffer.is_meta:
-                    buffer.data = buffer.data.to(self._init.local_device)
+                    buffer.data = buffer.data.to(self._state.device)
 
     # --- looking back -------------------------------------------------------------------------------------------
 

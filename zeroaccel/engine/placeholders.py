@@ -26,8 +26,20 @@ _GETTERS = (
     *("itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape"),
 )
 _METHODS = (
-    *("__hash__", "__len__", "__repr__", "detach", "dim", "element_size", "get_device", "is_complex", "is_contiguous"),
-    *("is_floating_point", "ndimension", "nelement", "numel", "size", "stride"),
+    *(
+        "__hash__",
+        "__len__",
+        "__repr__",
+        "data_ptr",
+        "dim",
+        "element_size",
+        "get_device",
+        "is_complex",
+        "is_contiguous",
+    ),
+    *("is_floating_point", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "untyped_storage"),
+    # Without value as well; libraries look for tied weights by these, on ranks that save nothing, too.
+    *("__getitem__", "contiguous", "detach", "reshape", "view"),
 )
 _ANSWERED: set[Any] = {
     *(getattr(torch.Tensor, name).__get__ for name in _GETTERS),
@@ -48,12 +60,9 @@ class Placeholder(torch.Tensor):
                 f"{getattr(func, '__name__', func)} asks for the value of a parameter that ZeRO stage 3 has split, of"
                 f" which a state dict has only name and shape: {_INSTEAD}"
             )
-        return _plain(func, args, kwargs)
-
-
-def _plain(func: Any, args: Any, kwargs: Any = None) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            answer = func(*args, **(kwargs or {}))
+        return answer.as_subclass(cls) if isinstance(answer, torch.Tensor) else answer
 
 
 def guard(parameter: Any) -> None:
