@@ -484,13 +484,13 @@ class Accelerator:
             )
         result = self._backend.prepare(args, device_placement)
         for value in result:
+            self._wrap_engine(value)
             self._register(value)
         return result if len(result) > 1 else result[0]
 
     def _register(self, value: Any) -> None:
         if not getattr(value, "_is_accelerate_prepared", False):
             return
-        self._wrap_engine(value)
         for kind, known in (
             (torch.nn.Module, self._models),
             (AcceleratedOptimizer, self._optimizers),
@@ -503,7 +503,7 @@ class Accelerator:
     def _wrap_engine(self, value: Any) -> None:
         if isinstance(value, DeepSpeedOptimizerWrapper) and not self._optimizers:
             self.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(value.engine)
-        elif self.deepspeed_engine_wrapped is None and self.deepspeed_plugin and isinstance(value, torch.nn.Module):
+        elif self.deepspeed_engine_wrapped is None and self.deepspeed_plugin and hasattr(value, "zero_optimization"):
             self.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(value)
 
     def prepare_model(

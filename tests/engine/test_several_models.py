@@ -8,11 +8,13 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 
-from tests.distributed.pool import RankPool
+from tests.distributed.pool import RankPool, reset_states
 from tests.engine import situations_models as loops
 from tests.engine.loop import Kind
 from tests.engine.situations_models import Pair
+from tests.engine.small import net, samples
 
 BF16, FP16 = {"precision": "bf16"}, {"precision": "fp16"}
 # What both models train on, then what has a teacher as its second model.
@@ -72,3 +74,28 @@ def test_weights_are_those_of_plain_pytorch(chosen: Loops, pair: Pair, ranks: Ra
 @pytest.mark.parametrize(("chosen", "pair"), FULL, ids=name_of)
 def test_weights_everywhere(chosen: Loops, pair: Pair, ranks: RankPool) -> None:
     check(chosen, pair, ranks)
+
+
+def test_without_deepspeed_each_model_counts_the_blocks_that_name_it() -> None:
+    from zeroaccel import Accelerator
+
+    reset_states()
+    plain, inputs = Accelerator(cpu=True, gradient_accumulation_steps=2), samples(8).tensors[0]
+    models, peers = [net(), net()], [net(), net()]
+    optimizers, others = ([torch.optim.SGD(each.parameters(), lr=0.1) for each in made] for made in (models, peers))
+    prepared = plain.prepare(*models, *optimizers)
+    for number in range(4):
+        for model, optimizer in zip(prepared[:2], prepared[2:], strict=True):
+            with plain.accumulate(model):
+                optimizer.zero_grad()
+                plain.backward(model(inputs + number).pow(2).mean())
+                optimizer.step()
+    for peer, optimizer in zip(peers, others, strict=True):
+        for number in range(4):
+            (peer(inputs + number).pow(2).mean() / 2).backward()
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    for model, peer in zip(models, peers, strict=True):
+        for found, wanted in zip(model.parameters(), peer.parameters(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeroaccel.engine.window import Cutter, Window
+from zeroaccel.engine.window import Cutter, Window, micro_batch
 from zeroaccel.errors import UsageError
 
 
@@ -134,6 +136,40 @@ def test_zero_grad_after_the_backward_of_the_closing_block_throws_away() -> None
         window.enter_context(closing)
         window.backward(block)
     assert window.clears
+
+
+def test_zero_grad_in_a_new_window_throws_away_what_another_models_pass_left() -> None:
+    window = Window(2)
+    for block, closing in enumerate((False, True)):
+        window.enter_context(closing)
+        window.backward(block)
+    assert window.step()
+    window.close()
+    window.backward(2)  # of another model, in that one's block
+    window.leave_context()
+    window.enter_context(closing=False)
+    assert window.clears
+
+
+def test_each_model_counts_the_blocks_that_name_it() -> None:
+    one, two = Window(2), Window(3)
+    seen: list[bool] = []
+    closed: list[tuple[bool, bool]] = []
+    shown = SimpleNamespace(_mirror_sync_gradients=seen.append)
+    for number, named in enumerate(([one], [two], [one], [two], [], [two])):
+        with micro_batch([one, two], named, False, shown):
+            closed.append((one._closing, two._closing))
+            if named == [two]:  # which blocks of the other one leave alone
+                assert two.clears is (number in (1, 5))
+                two.backward(number)
+        if two._closing and named != [one]:
+            two.close()
+    # An unnamed window follows the block; a block that names none is one of all.
+    assert closed == [(False, False), (False, False), (True, True), (False, False), (False, True), (False, False)]
+    assert seen == [False, False, True, False, False, False]
+    with micro_batch([one, two], [two], True, shown):
+        assert two._closing
+    assert seen[-1]
 
 
 def test_zero_grad_is_real_where_the_script_cuts() -> None:

@@ -29,6 +29,8 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "set_gradient_accumulation_boundary",
             "was_step_applied",
             "dynamic_loss_scale",
+            "get_global_grad_norm",
+            "is_gradient_accumulation_boundary",
             "initial_dynamic_scale",
         ),
     },

@@ -44,7 +44,9 @@ class Window:
         self._outside = Cutter.UNDECIDED
         self.inside_context = False
         self._closing = True
-        self._begins = True  # the block before this one closed its window
+        self._begins = True  # the running block is the first of its window
+        self._closed = True  # the last block that counted closed its window
+        self._counts = False  # blocks name this window
         self._blocks = 0
         self._new_micro_batch = True
         self._batch: int | None = None
@@ -53,6 +55,7 @@ class Window:
 
     def next_block(self, at_end: bool) -> bool:
         """Counts a block of `accumulate()`; whether it is the last of its window, as at the end of a loader."""
+        self._counts = True
         self._blocks = 0 if at_end or self._blocks + 1 >= self.size else self._blocks + 1
         return self._blocks == 0
 
@@ -60,10 +63,17 @@ class Window:
         """The next block of `accumulate()` begins a window."""
         self._blocks = 0
 
-    def enter_context(self, closing: bool) -> None:
-        """An `accumulate()` block begins; `closing` if it is the last of its window."""
+    def enter_context(self, closing: bool, named: bool = True) -> None:
+        """An `accumulate()` block begins.
+
+        Args:
+            closing: it is the last of its window.
+            named: it is of this model; else of another one, which this window follows unless it counts its own.
+        """
         self.inside_context = True
-        self._begins, self._closing = self._closing, closing
+        self._begins, self._closing = self._closed, closing
+        if named or not self._counts:
+            self._closed = closing
         self._new_micro_batch = True
 
     def leave_context(self) -> None:
@@ -167,7 +177,7 @@ class Window:
         self.cutter, self._outside = Cutter[state["cutter"]], Cutter[state["outside"]]
         self._rescalable, self.weight = state["rescalable"], state["weight"]
         self._blocks = state.get("blocks", self.micro_batches)
-        self._new_micro_batch, self._batch, self._closing = True, None, False
+        self._new_micro_batch, self._batch, self._closing, self._closed = True, None, False, False
 
     @property
     def clears(self) -> bool:
@@ -216,7 +226,7 @@ def micro_batch(windows: Sequence[Window], named: Sequence[Window], at_end: bool
     if closing:
         state._mirror_sync_gradients(closing[0])
     for window in windows:
-        window.enter_context(counted.get(id(window), closing[0]))
+        window.enter_context(counted.get(id(window), closing[0]), named=id(window) in counted)
     try:
         yield
     finally:
