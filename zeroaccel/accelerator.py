@@ -512,7 +512,7 @@ class Accelerator:
         """Prepares one model. With `evaluation_mode` below stage 3 it is only moved to the device."""
         plugin = self.deepspeed_plugin
         if evaluation_mode and plugin is not None and plugin.zero_stage != 3:
-            return model.to(self.device).eval()
+            return model.to(self.device)
         return self.prepare(model, device_placement=None if device_placement is None else [device_placement])
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
