@@ -312,6 +312,25 @@ def test_ranks_that_build_different_models_are_told_so(ranks: RankPool) -> None:
         assert "build the same model on all ranks" in told
 
 
+class Wraps(nn.Module):
+    def __init__(self, copied: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.again = nn.Parameter(self.inner.weight.clone() if copied else self.inner.weight)
+
+
+def _wrapped() -> tuple[int, ...]:
+    running = accelerator(zero_stage=3)
+    with pytest.raises(UsageError, match=r"Wraps.again is empty.*clone"), running.zero_init():
+        Wraps(copied=False)
+    with running.zero_init():
+        return tuple(logical_shape(Wraps(copied=True).again))
+
+
+def test_a_parameter_made_from_a_split_one_is_not_silently_empty(ranks: RankPool) -> None:
+    assert ranks.run(_wrapped) == [(2, 2), (2, 2)]
+
+
 def _large() -> list[int]:
     """How many parameters are whole while a constructor goes over all of them."""
     from zeroaccel.engine import birth

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from zeroaccel.engine import ops, placeholders, zero_init
 from zeroaccel.engine.shards import is_here, is_split, logical_shape
+from zeroaccel.errors import UsageError
 from zeroaccel.state import PartialState
 from zeroaccel.state.meeting import meet
 
@@ -169,8 +170,14 @@ class _Birth(TorchFunctionMode):
     # --- splitting ----------------------------------------------------------------------------------------------
 
     def _registered(self, module: torch.nn.Module, name: str, parameter: Any) -> None:
-        if not self._paused:
-            self._modules[module] = None
+        if self._paused:
+            return
+        self._modules[module] = None
+        if parameter is not None and not is_split(parameter) and tuple(parameter.shape) == (0,):
+            raise UsageError(
+                f"{type(module).__name__}.{name} is empty: torch.nn.Parameter(weight) of a weight that zero_init() has"
+                " split has no value. Assign the weight itself to tie the two, or torch.nn.Parameter(weight.clone())"
+            )
 
     def _attached(self, module: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
         if self._paused:
