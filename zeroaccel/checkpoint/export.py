@@ -239,9 +239,7 @@ def _empty(value: Any, split: set[str]) -> Iterator[str]:
         return
     for name, inner in value.items():
         if isinstance(inner, torch.Tensor):
-            if isinstance(inner, Placeholder) or (
-                inner.numel() == 0 and str(name).removeprefix("module.") in split
-            ):
+            if isinstance(inner, Placeholder) or (inner.numel() == 0 and str(name).removeprefix("module.") in split):
                 yield str(name)
         else:
             yield from _empty(inner, split)
