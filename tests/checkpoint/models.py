@@ -83,6 +83,8 @@ def trained(
     )
     config = running.state.deepspeed_plugin.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = 8
+    if stage == 3 and offload == "nvme":  # DeepSpeed's own buffers are some GB, for each model that a rank prepares
+        config["zero_optimization"]["offload_param"]["buffer_size"] = 1_000_000
     if split:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     model = everything()

@@ -209,6 +209,17 @@ PREPARE_DIFFERENCES = (
         ),
     ),
     Difference(
+        "inference-alone",
+        "a model without an optimizer and a loader fits any batch size",
+        lambda case: (
+            case.optimizer == "none"
+            and not case.loaders
+            and case.value("train_micro_batch_size_per_gpu") in (None, "auto")
+            and not isinstance(case.value("train_batch_size"), int)
+        ),
+        lambda case: dataclasses.replace(case, loaders=((case.world_size if case.split_batches else 1, True),)),
+    ),
+    Difference(
         "hidden-size",
         "a model that tells no hidden size gets it from its largest parameter",
         lambda case: case.hidden_size is None,
