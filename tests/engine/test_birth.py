@@ -139,6 +139,8 @@ def _born(kind: str, precision: str, offload: str, path: str) -> list[str]:
         offload_param_device=offload,
         offload_param_nvme_path=path or "none",
     )
+    if offload == "nvme":  # else buffers of GiB
+        running.deepspeed_config["zero_optimization"]["offload_param"]["buffer_size"] = 1_000_000
     torch.manual_seed(5)
     reference = MODELS[kind]()
     torch.manual_seed(5 + 7 * running.process_index)  # rank 0's weights hold

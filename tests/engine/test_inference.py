@@ -37,6 +37,8 @@ def wide() -> Any:
 def answered(offload: str, born: bool, precision: str, folder: str) -> None:
     path = folder if offload == "nvme" else None
     made = running(precision, offload_param_device=offload, offload_param_nvme_path=path)
+    if offload == "nvme":  # else buffers of GiB, for each model
+        made.deepspeed_config["zero_optimization"]["offload_param"]["buffer_size"] = 1_000_000
     make = wide if offload == "nvme" else net
     plain = make().to(DTYPES[precision])
     with made.state.deepspeed_plugin.zero3_init_context_manager(enable=born):
@@ -88,7 +90,10 @@ def test_a_config_file_serves_inference(ranks: RankPool, tmp_path: Path, device:
     config = {
         "zero_optimization": {
             "stage": 3,
-            "offload_param": {"device": device, **({"nvme_path": str(tmp_path)} if device == "nvme" else {})},
+            "offload_param": {
+                "device": device,
+                **({"nvme_path": str(tmp_path), "buffer_size": 1_000_000} if device == "nvme" else {}),
+            },
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
             "stage3_param_persistence_threshold": "auto",
