@@ -850,7 +850,8 @@ class Accelerator:
 
         Raises:
             CheckpointError: on every rank, if one could not write; the older checkpoint is as it was.
-            UsageError: an accumulation window is open, or a registered object's state cannot be stored safely.
+            UsageError: gradients were clipped, read or changed and not stepped on yet, or a registered object's state
+                cannot be stored safely.
             ConfigError: no folder, or a numbered one that is taken.
         """
         return self._checkpoints.save(
