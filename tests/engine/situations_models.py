@@ -5,7 +5,7 @@ As in `situations.py` every loop stands beside plain PyTorch, and gives the larg
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -211,13 +211,20 @@ def a_student_imitates_a_teacher(pair: Pair) -> float:
     return loop.check()
 
 
-def a_student_is_judged_by_a_teacher(pair: Pair) -> float:
-    """The gradient runs through the teacher, as in a perceptual loss."""
-    loop, teacher, plain = _student(pair)
+def _judged(student: tuple[Loop, Any, Any]) -> Iterator[None]:
+    """Trains the student on gradients that run through the teacher; pauses behind each step."""
+    loop, teacher, plain = student
     for number in range(3):
         loop.backward(chained(loop.model, teacher, loop.batch(number)))
         loop.step()
         loop.peer.step(mean_of(loop, lambda x: chained(loop.peer.model, plain, x), number))
+        yield
+
+
+def a_student_is_judged_by_a_teacher(pair: Pair) -> float:
+    """The gradient runs through the teacher, as in a perceptual loss."""
+    student = loop, teacher, _ = _student(pair)
+    for _ in _judged(student):
         _demand_released(teacher)
     return loop.check()
 
@@ -230,12 +237,10 @@ def _demand_released(model: Any) -> None:
 
 def a_student_is_judged_by_a_teacher_that_nobody_froze(pair: Pair) -> float:
     """Nothing steps on its own gradients."""
-    loop, teacher, plain = _student(pair)
+    student = loop, teacher, _ = _student(pair)
     teacher.requires_grad_(True)
-    for number in range(3):
-        loop.backward(chained(loop.model, teacher, loop.batch(number)))
-        loop.step()
-        loop.peer.step(mean_of(loop, lambda x: chained(loop.peer.model, plain, x), number))
+    for _ in _judged(student):
+        pass
     return loop.check()
 
 

@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
@@ -26,7 +25,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from zeroaccel.engine import ops, placeholders, zero_init
-from zeroaccel.engine.shards import is_here, is_split, logical_shape
+from zeroaccel.engine.shards import as_on_first_rank, is_here, is_split, logical_shape
 from zeroaccel.errors import UsageError
 from zeroaccel.state import PartialState
 from zeroaccel.state.meeting import meet
@@ -271,9 +270,7 @@ class _Birth(TorchFunctionMode):
 
     def _split_again(self, parameter: Any) -> None:
         parameter.data = parameter.data.to(self._init.local_device, parameter.ds_tensor.dtype).contiguous()
-        group = parameter.ds_process_group
-        first = torch.distributed.get_global_rank(group, 0)
-        torch.distributed.broadcast(parameter.data.view(-1).view(torch.uint8), first, group=group)
+        as_on_first_rank(parameter, parameter.data)
         parameter.partition(has_been_updated=True)
 
     def _meet(self, shape: torch.Size, dtype: torch.dtype, what: str) -> None:

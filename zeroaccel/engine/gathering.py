@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 
 from zeroaccel.engine.masters import WEIGHT, Share, names_of
-from zeroaccel.engine.shards import is_here, is_split, logical_shape, own_part
+from zeroaccel.engine.shards import as_on_first_rank, is_here, is_split, logical_shape, own_part
 from zeroaccel.errors import ConfigTypeError, DistributedError, UsageError
 from zeroaccel.state import PartialState
 from zeroaccel.state.meeting import meet
@@ -148,10 +148,8 @@ class _Block:
                 data.copy_(parameter.data)
                 parameter.data = data
             if PartialState().num_processes > 1:
-                group = getattr(parameter, "ds_process_group", None)
-                first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
                 sent = parameter.data.contiguous()
-                torch.distributed.broadcast(sent.view(-1).view(torch.uint8), first, group=group)
+                as_on_first_rank(parameter, sent)
                 parameter.data.copy_(sent)
         split = [parameter for parameter in self._parameters if is_split(parameter)]
         if split:

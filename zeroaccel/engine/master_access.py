@@ -48,6 +48,7 @@ class _Access:
         self._engine = engine
         self._share_of = share
         self._shards: list[Shard] | None = None
+        self._names = names_of(engine.module)
 
     def attach(self, parameter: Any) -> None:
         """Gives a parameter below stage 3 the methods that DeepSpeed's functions call."""
@@ -68,7 +69,7 @@ class _Access:
         """Shards of the parameter's group on this rank, with its slices there; nothing for a frozen one."""
         if self._shards is None:
             self._shards = self._share_of(self._engine).trained
-        name = names_of(self._engine.module)[id(parameter)]
+        name = self._names[id(parameter)]
         own = [shard for shard in self._shards if shard.group is not None and name in shard.group.names]
         return [(shard, [part for part in shard.slices if part.name == name]) for shard in own]
 

@@ -118,6 +118,18 @@ def own_part(tensor: Any, write: bool = False) -> Iterator[torch.Tensor]:
         tensor.nvme_swapper.remove_partition_and_release_buffers([tensor])
 
 
+def as_on_first_rank(tensor: Any, value: torch.Tensor) -> None:
+    """Gives all ranks what the first one has. Collective.
+
+    Args:
+        tensor: the parameter, which may have a process group of its own.
+        value: its whole value, contiguous; is overwritten.
+    """
+    group = getattr(tensor, "ds_process_group", None)
+    first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
+    torch.distributed.broadcast(value.view(-1).view(torch.uint8), first, group=group)
+
+
 def put(tensor: Any, value: torch.Tensor) -> None:
     """Gives a parameter that stage 3 has split a new value, of which each rank takes its part.
 
