@@ -9,9 +9,9 @@ from tests.distributed.pool import RankPool
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
-    """Two gloo ranks: `ranks.run(function, **kwargs)` gives their results in order."""
-    pool = RankPool(2)
+def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    """Two ranks: `ranks.run(function, **kwargs)` gives their results in order."""
+    pool = RankPool(2, request.config.getoption("--device"))
     yield pool
     pool.close()
 
@@ -26,6 +26,7 @@ def _no_process_group_stays() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the exhaustive matrices too")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="of the pool's ranks: gloo, or two GPUs")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

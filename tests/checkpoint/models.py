@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.distributed.pool import device
+
 FEATURES, CLASSES = 7, 11
 
 
@@ -48,7 +50,7 @@ def everything() -> Everything:
 
 def tokens(rank: int = 0) -> torch.Tensor:
     """A batch of a rank."""
-    return torch.randint(0, CLASSES, (8,), generator=torch.Generator().manual_seed(rank))
+    return torch.randint(0, CLASSES, (8,), generator=torch.Generator().manual_seed(rank)).to(device())
 
 
 def whole(model: Any) -> dict[str, torch.Tensor]:

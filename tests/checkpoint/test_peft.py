@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.pool import RankPool
+from tests.distributed.pool import RankPool, device
 from tests.parity.problem import full_weights
 
 VOCABULARY = 31
@@ -77,7 +77,7 @@ def tokens(number: int, rank: int) -> torch.Tensor:
 
 
 def loss_of(model: Any, number: int, rank: int) -> torch.Tensor:
-    batch = tokens(number, rank)
+    batch = tokens(number, rank).to(device())
     loss: torch.Tensor = model(input_ids=batch, labels=batch).loss
     return loss
 

@@ -39,6 +39,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def device() -> str:
+    """Where this rank of a `RankPool` computes; the tests' own process computes on the CPU."""
+    on_gpu = os.environ.get("DS_ACCELERATOR") == "cuda" and "LOCAL_RANK" in os.environ
+    return f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu"
+
+
 def reset_states() -> None:
     """Forgets all state of the library, as a new process would have it; the process group stays."""
     from zeroaccel.state import AcceleratorState, GradientState

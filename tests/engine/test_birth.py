@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.checkpoint.models import whole
-from tests.distributed.pool import RankPool, reset_states
+from tests.distributed.pool import RankPool, device, reset_states
 from tests.engine.small import FEATURES, accelerator, train_step
 from zeroaccel import DeepSpeedPlugin
 from zeroaccel.engine.shards import is_split
@@ -125,10 +125,10 @@ def _differences(model: nn.Module, reference: nn.Module, dtype: torch.dtype) -> 
     found, expected = whole(model), reference.state_dict()
     for name, value in expected.items():
         value = value.to(dtype) if name in parameters else value
-        if found[name].dtype != value.dtype or not torch.equal(found[name], value):
+        if found[name].dtype != value.dtype or not torch.equal(found[name].cpu(), value):
             wrong.append(name)
     passing = zip(model.named_buffers(), reference.named_buffers(), strict=True)
-    wrong += [name for (name, one), (_, other) in passing if not torch.equal(one, other)]
+    wrong += [name for (name, one), (_, other) in passing if not torch.equal(one.cpu(), other)]
     return wrong
 
 
@@ -186,7 +186,7 @@ def _trained(born: bool, precision: str, offload: str) -> dict[str, torch.Tensor
     dtype = DTYPES[precision]
     for step in range(3):
         generator = torch.Generator().manual_seed(2 * step + running.process_index)
-        x = torch.randn(4, FEATURES, generator=generator).to(dtype)
+        x = torch.randn(4, FEATURES, generator=generator).to(device(), dtype)
         train_step(running, prepared, optimizer, x)
     return whole(prepared)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.distributed.pool import RankPool
+from tests.distributed.pool import RankFailed, RankPool, device
 from tests.engine.small import accelerator
 from tests.parity.problem import DTYPES, full_weights
 from zeroaccel.errors import DistributedError
 
 FEATURES = 6
+STEPS = 6
 
 
 class Experts(nn.Module):
@@ -51,7 +54,7 @@ class Routes:
     """Which experts each rank runs in each backward pass; `passes[i][rank]`.
 
     Attributes:
-        passes: one after the other, repeated for four steps.
+        passes: one after the other, repeated for six steps.
         steps: gradient accumulation steps.
         backwards: passes of one micro-batch.
     """
@@ -75,16 +78,16 @@ ROUTES = {
 
 
 def _batch(number: int, rank: int) -> torch.Tensor:
-    return torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(100 * number + rank))
+    return torch.randn(3, FEATURES, generator=torch.Generator().manual_seed(100 * number + rank)).to(device())
 
 
 def _reference(routes: Routes, precision: str) -> dict[str, torch.Tensor]:
     """Plain PyTorch on both ranks' batches; fp32 masters, gradients in the precision."""
     torch.manual_seed(3)
-    masters, model = Net(), Net().to(DTYPES[precision])
+    masters, model = Net().to(device()), Net().to(device(), DTYPES[precision])
     optimizer = torch.optim.SGD(masters.parameters(), lr=0.1, momentum=0.9)
     turns = itertools.cycle(routes.passes)
-    for step in range(4):
+    for step in range(STEPS):
         model.load_state_dict(masters.state_dict())
         for micro in range(routes.steps * routes.backwards):
             for rank, names in enumerate(next(turns)):
@@ -119,7 +122,7 @@ def _train(
     model = Net()
     model, optimizer = running.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     turns = itertools.cycle(routes.passes)
-    for step in range(4):
+    for step in range(STEPS):
         for window in range(routes.steps):
             with running.accumulate(model):
                 for pass_ in range(routes.backwards):
@@ -130,7 +133,7 @@ def _train(
                 optimizer.zero_grad()
     reference = _reference(routes, precision)
     found = full_weights(model)
-    return max(float((found[name].float() - weight).abs().max()) for name, weight in reference.items())
+    return max(float((found[name].to(weight) - weight).abs().max()) for name, weight in reference.items())
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -206,6 +209,61 @@ def test_stage_3_names_the_modules_that_only_some_ranks_run(
         assert f"rank 0: {rank_0} (Linear)" in message
         assert f"rank 1: {rank_1} (Linear)" in message
         assert "transformer_moe_cls_names" in message
+
+
+def _part(how: str) -> str:
+    """Three steps in one order, then rank 1 alone goes another way."""
+    from zeroaccel import InitProcessGroupKwargs
+    from zeroaccel.state import meeting
+
+    meeting.PATIENCE = 0.5
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=6))
+    config = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 3}}
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    running = accelerator(config, options={"kwargs_handlers": [timeout]})
+    model = Net()
+    model, optimizer = running.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    rank = running.process_index
+    try:
+        for step in range(6):
+            parted = step > 2 and rank == 1
+            if parted and how == "evaluation":
+                with torch.no_grad():
+                    model(_batch(step, rank), "a")
+            running.backward(model(_batch(step, rank), "b" if parted and how == "module" else "a").square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    except DistributedError as error:
+        print(f"rank {rank}: {error}", flush=True)
+        os._exit(3)  # as a script that fails
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize(
+    ("how", "there", "before"),
+    [
+        ("module", "forward of experts.layers.b (Linear)", "forward of experts.layers.a (Linear)"),
+        pytest.param("evaluation", "the begin of another pass", "backward of the model (Net)", marks=pytest.mark.full),
+    ],
+)
+def test_a_rank_that_leaves_the_order_of_earlier_passes_is_named(how: str, there: str, before: str) -> None:
+    pool = RankPool(2)  # of its own, with a short timeout
+    with pytest.raises(RankFailed) as caught:
+        pool.run(_part, how=how)
+    told = str(caught.value)
+    assert f"the pass through Net at ZeRO stage 3: rank 1 is at {there}, and rank 0 did not come there" in told
+    assert f"In earlier passes came here {before}" in told
+    assert "nothing was raised" not in str(caught.value.results)
+
+
+def _wander() -> float:
+    """All ranks change their way together, with evaluation in between."""
+    ways = Routes((("a", "a"), ("a", "a"), ("b", "b"), ("abc", "abc"), ("", "")))
+    return _train(ways, {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100})
+
+
+def test_stage_3_trains_where_all_ranks_change_their_way(ranks: RankPool) -> None:
+    assert max(ranks.run(_wander)) < TOLERANCE["no"]
 
 
 def _evaluate_other_modules() -> str:

@@ -24,7 +24,7 @@ def _masters(running: Any, model: Any) -> dict[tuple[str, int], torch.Tensor]:
         for shard in share.trained:
             with shard.opened() as tensors:
                 for part in shard.slices:
-                    found[part.name, part.start] = tensors["weight"].narrow(0, part.offset, part.count).clone()
+                    found[part.name, part.start] = tensors["weight"].narrow(0, part.offset, part.count).cpu().clone()
     return found
 
 
@@ -36,7 +36,7 @@ def _change(stage: int, precision: str, offload: str, path: str) -> None:
     before, weights = _masters(running, model), models.whole(model)
     with running.gathered_parameters(model):
         assert all(parameter.shape == logical_shape(parameter) for parameter in model.parameters())
-        copied = {name: value.clone() for name, value in module.state_dict().items()}
+        copied = {name: value.cpu().clone() for name, value in module.state_dict().items()}
     assert all(torch.equal(value, weights[name]) for name, value in copied.items())
     chosen = [module.hidden.weight, module.scale, module.frozen.weight, module.head.weight]
     with running.gathered_parameters(chosen, modify=True):

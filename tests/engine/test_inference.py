@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.distributed.pool import RankPool
+from tests.distributed.pool import RankPool, device
 from tests.engine.small import accelerator, loader, net, samples, train_step
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +40,7 @@ def answered(offload: str, born: bool, precision: str, folder: str) -> None:
     if offload == "nvme":  # else buffers of GiB, for each model
         made.deepspeed_config["zero_optimization"]["offload_param"]["buffer_size"] = 1_000_000
     make = wide if offload == "nvme" else net
-    plain = make().to(DTYPES[precision])
+    plain = make().to(device(), DTYPES[precision])
     with made.state.deepspeed_plugin.zero3_init_context_manager(enable=born):
         models = [make(), make()]
     alone = made.prepare(models[0])
@@ -74,7 +74,7 @@ def test_answers_are_those_of_the_whole_model(
 def inference_of_the_guide(path: str) -> None:
     """A config file for training serves inference, too."""
     made = accelerator(config=path)
-    dataset, plain = samples(22), net()
+    dataset, plain = samples(22), net().to(device())
     model, batches = made.prepare(net(), DataLoader(dataset, batch_size=4))
     model.eval()
     answers = []
@@ -82,7 +82,7 @@ def inference_of_the_guide(path: str) -> None:
         with torch.no_grad():
             answers.append(made.gather_for_metrics(model(x)))
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat(answers), plain(dataset.tensors[0]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.cat(answers), plain(dataset.tensors[0].to(device())), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", ["cpu", "nvme"])
@@ -112,8 +112,8 @@ def test_a_config_file_serves_inference(ranks: RankPool, tmp_path: Path, device:
 def only_evaluated(stage: int) -> None:
     made = accelerator(zero_stage=stage)
     made.deepspeed_config["train_micro_batch_size_per_gpu"] = 4
-    model, plain = made.prepare_model(net(), evaluation_mode=True), net()
-    x = torch.ones(3, 8)
+    model, plain = made.prepare_model(net(), evaluation_mode=True), net().to(device())
+    x = torch.ones(3, 8, device=device())
     torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-6)
     assert hasattr(next(model.parameters()), "ds_id") is (stage == 3)
 
@@ -124,11 +124,11 @@ def test_a_model_that_is_only_evaluated(ranks: RankPool, stage: int) -> None:
 
 
 def evaluated_between_steps() -> None:
-    made, plain = running(), net()
+    made, plain = running(), net().to(device())
     model = net()
     optimizer, peer = (torch.optim.AdamW(each.parameters(), lr=0.1, eps=0.1) for each in (model, plain))
     model, optimizer, _ = made.prepare(model, optimizer, loader(4))
-    inputs = samples(8).tensors[0]
+    inputs = samples(8).tensors[0].to(device())
     for _ in range(3):
         train_step(made, model, optimizer, inputs)
         plain(inputs).pow(2).mean().backward()
@@ -190,8 +190,8 @@ def generated(how: str, precision: str, flag: bool, trained: bool) -> None:
     made = running(precision, zero3_init_flag=flag)
     made.deepspeed_config["train_micro_batch_size_per_gpu"] = 2
     with made.state.deepspeed_plugin.zero3_init_context_manager(enable=False):
-        plain, model = speaker().to(DTYPES[precision]), speaker()
-    prompt = torch.tensor([[3, 4, 5]]) + made.process_index
+        plain, model = speaker().to(device(), DTYPES[precision]), speaker()
+    prompt = torch.tensor([[3, 4, 5]], device=device()) + made.process_index
     stop = stop_of(plain, prompt, made.process_index)
     if trained:
         model, optimizer = made.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))

@@ -39,8 +39,8 @@ def _whole(stage: int, precision: str, offload: str, path: str) -> None:
             continue
         assert read.shape == logical_shape(parameter), name
         assert read.dtype == torch.float32, name
-        assert torch.equal(read.to(dtype), weights[name]), name
-        value = torch.arange(read.numel(), dtype=torch.float32).view(read.shape) / 7 + 0.1
+        assert torch.equal(read.to(dtype).cpu(), weights[name]), name
+        value = torch.arange(read.numel(), dtype=torch.float32, device=read.device).view(read.shape) / 7 + 0.1
         safe_set_full_fp32_param(parameter, value)
         assert torch.equal(safe_get_full_fp32_param(parameter), value), name
         for key, factor in (("exp_avg", 0.0), ("exp_avg_sq", 2.0)):
@@ -51,7 +51,7 @@ def _whole(stage: int, precision: str, offload: str, path: str) -> None:
             assert torch.equal(safe_get_full_optimizer_state(parameter, key), value * factor), name
         read.zero_()  # a copy
         assert torch.equal(safe_get_full_fp32_param(parameter), value), name
-        assert torch.equal(models.whole(model)[name], value.to(dtype)), name
+        assert torch.equal(models.whole(model)[name], value.to(dtype).cpu()), name
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
     running.backward(model.module.loss(models.tokens()) if stage < 3 else _loss(model))
@@ -59,7 +59,7 @@ def _whole(stage: int, precision: str, offload: str, path: str) -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             read = safe_get_full_fp32_param(parameter)
-            value = torch.arange(read.numel(), dtype=torch.float32).view(read.shape) / 7 + 0.1
+            value = torch.arange(read.numel(), dtype=torch.float32, device=read.device).view(read.shape) / 7 + 0.1
             assert torch.equal(read, value), name
 
 
@@ -104,15 +104,15 @@ def _parts(precision: str, offload: str, path: str) -> None:
             continue
         part = safe_get_local_fp32_param(parameter)
         size, whole = part.numel(), safe_get_full_fp32_param(parameter).flatten()
-        own = whole[size * rank : size * (rank + 1)]
+        own = whole[size * rank : size * (rank + 1)].to(part.device)
         assert torch.equal(part[: own.numel()], own), name
         kept[name] = part[: own.numel()], own.clone()  # what pads it may be anything
-        new = torch.full((size,), rank + 1.5)
+        new = torch.full((size,), rank + 1.5, device=part.device)
         safe_set_local_fp32_param(parameter, new)
         safe_set_local_optimizer_state(parameter, new, "exp_avg")
         assert torch.equal(safe_get_local_fp32_param(parameter), new)
         assert torch.equal(safe_get_local_optimizer_state(parameter, "exp_avg"), new)
-        whole = safe_get_full_fp32_param(parameter).flatten()
+        whole = safe_get_full_fp32_param(parameter).flatten().cpu()
         assert torch.equal(whole, torch.tensor([1.5 + (place >= size) for place in range(whole.numel())])), name
         assert torch.equal(models.whole(model)[name].flatten(), whole.to(parameter.dtype)), name
         with pytest.raises(ConfigError, match="elements"):

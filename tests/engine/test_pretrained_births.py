@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.checkpoint.models import whole
-from tests.distributed.pool import RankPool, reset_states
+from tests.distributed.pool import RankPool, device, reset_states
 from tests.engine.small import accelerator
 from zeroaccel import Accelerator, DeepSpeedPlugin
 from zeroaccel.engine.shards import is_split
@@ -36,7 +36,7 @@ def _config(kind: str) -> tuple[Any, Any]:
 
 def _same(model: Any, reference: Any, dtype: torch.dtype) -> None:
     parameters = {name for name, _ in reference.named_parameters(remove_duplicate=False)}
-    found, expected = whole(model), reference.state_dict()
+    found, expected = whole(model), {name: value.cpu() for name, value in reference.state_dict().items()}
     assert list(found) == list(expected)
     for name, value in expected.items():
         wanted = value.to(dtype) if name in parameters else value
@@ -44,7 +44,7 @@ def _same(model: Any, reference: Any, dtype: torch.dtype) -> None:
         assert torch.equal(found[name], wanted), name
     for (name, one), (_, other) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
         assert one.dtype == other.dtype, name
-        assert torch.equal(one, other), name
+        assert torch.equal(one.cpu(), other.cpu()), name
     ties = [
         (len(list(one.parameters())), len(list(one.named_parameters(remove_duplicate=False))))
         for one in (model, reference)
@@ -80,7 +80,7 @@ def _pretrained(kind: str, precision: str, offload: str, folder: str) -> None:
         return
     for size in (70, 40):
         with running.deepspeed_plugin.zero3_init_context_manager(enable=False):
-            resized = build.from_pretrained(folder)
+            resized = build.from_pretrained(folder).to(device())  # where new rows are drawn
             torch.manual_seed(2)
             resized.resize_token_embeddings(size)
         model = build.from_pretrained(folder)
@@ -116,7 +116,7 @@ def _from_config() -> None:
     torch.manual_seed(1)
     reference = build(config)
     with no_init_weights():
-        later = build(config)
+        later = build(config).to(device())  # where the weights are drawn
     torch.manual_seed(1)
     later.initialize_weights()
     later.tie_weights()
@@ -184,10 +184,10 @@ def _reference() -> None:
     running = accelerator(zero_stage=3, zero3_init_flag=False)
     running.deepspeed_config["train_micro_batch_size_per_gpu"] = 2
     torch.manual_seed(1)
-    frozen, policy = build._from_config(config).eval(), build._from_config(config)
+    frozen, policy = build._from_config(config).to(device()).eval(), build._from_config(config)
     assert not any(is_split(parameter) for parameter in [*frozen.parameters(), *policy.parameters()])
     policy, optimizer = running.prepare(policy, torch.optim.SGD(policy.parameters(), lr=0.1))
-    tokens = torch.arange(8).view(2, 4)
+    tokens = torch.arange(8, device=device()).view(2, 4)
     for _ in range(2):
         with torch.no_grad():
             wanted = frozen(tokens).logits
@@ -253,7 +253,7 @@ def _mixed() -> bool:
 
     model = Reward()
     model, optimizer = running.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
-    loss = model(torch.arange(8).view(2, 4)).float().mean()
+    loss = model(torch.arange(8, device=device()).view(2, 4)).float().mean()
     running.backward(loss)
     optimizer.step()
     return bool(loss.isfinite())

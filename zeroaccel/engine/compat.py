@@ -89,6 +89,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "deepspeed.runtime.fp16.fused_optimizer": {"FP16_Optimizer": ("initialize_optimizer_states",)},
     "deepspeed.runtime.fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": ("initialize_optimizer_states",)},
+    "deepspeed.runtime.compiler": {"": ("lazy_disable",)},
     "deepspeed.runtime.zero.partitioned_param_coordinator": {
         "PartitionedParameterCoordinator": ("fetch_sub_module", "reset_step"),
     },

@@ -17,6 +17,7 @@ from zeroaccel.engine import (
     compat,
     construction,
     facts,
+    fetch_order,
     master_access,
     native_checkpoints,
     owners,
@@ -36,7 +37,6 @@ from zeroaccel.engine.arguments import (
 )
 from zeroaccel.engine.backend import Setup
 from zeroaccel.engine.deepspeed_masters import EngineShare
-from zeroaccel.engine.fetch_order import watch_first_passes
 from zeroaccel.engine.inference import generate_in_step, take_no_gradients
 from zeroaccel.engine.offload import for_offload, refuse_unshardable
 from zeroaccel.engine.optimizer import DeepSpeedOptimizerWrapper, DummyOptim
@@ -214,7 +214,7 @@ class DeepSpeedBackend:
         # DeepSpeed's own cast leaves keyword arguments out.
         guard_inputs(engine, engine.get_data_types()[0], cast=plugin.cast_inputs or engine.fp16_auto_cast())
         if engine.zero_optimization_stage() == 3:
-            watch_first_passes(engine)
+            fetch_order.watch(engine)
             generate_in_step(engine.module)
         compiling = self._state.dynamo_plugin.compile_options()
         if compiling is not None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 
 from zeroaccel.errors import UnsupportedError
+from zeroaccel.state import PartialState
 
 
 def is_split(tensor: Any) -> bool:
@@ -127,7 +128,10 @@ def as_on_first_rank(tensor: Any, value: torch.Tensor) -> None:
     """
     group = getattr(tensor, "ds_process_group", None)
     first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
-    torch.distributed.broadcast(value.view(-1).view(torch.uint8), first, group=group)
+    here = value.to(PartialState().device)
+    torch.distributed.broadcast(here.view(-1).view(torch.uint8), first, group=group)
+    if here is not value:  # NCCL knows GPUs only
+        value.copy_(here)
 
 
 def put(tensor: Any, value: torch.Tensor) -> None:

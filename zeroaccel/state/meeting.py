@@ -60,6 +60,26 @@ def meet(state: PartialState, name: str, outline: str = "", remedy: str = "", fl
     return any(flags)
 
 
+def meet_apart(state: PartialState, name: str, outline: str, remedy: str) -> None:
+    """`meet` of ranks that may be the only ones to come, while a collective of DeepSpeed holds the others up.
+
+    So they look for each other in the process group's store first.
+
+    Raises:
+        DistributedError: on those that came, if one did not; on every rank, if names or outlines differ.
+    """
+    if state.num_processes == 1:
+        return
+    number, begin = next(_numbers), time.monotonic()
+    _sign(state, number)
+    if absent := _absent(state, number, EARLIER * _timeout(state) - 2 * PATIENCE):
+        raise DistributedError(
+            f"{name}: rank {state.process_index} is at {outline}, and {_ranks(absent)} did not come there in"
+            f" {time.monotonic() - begin:.0f} s: {remedy}"
+        )
+    meet(state, name, outline, remedy)
+
+
 def _difference(said: list[tuple[str, str]], remedy: str) -> str:
     names = {name for name, _ in said}
     if len(names) == 1:
@@ -160,13 +180,16 @@ def _roll_call(state: PartialState, number: int, name: str, waited: float, probl
         return f"{name}: rank {state.process_index} waited {waited:.0f} s, then the run fell apart: see the other ranks"
     if not absent:
         return f"{name} failed after {waited:.0f} s, though all ranks were there: {problem}"
-    who = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
     return (
-        f"{name} must be called by all {state.num_processes} ranks, and {who} did not come: rank"
+        f"{name} must be called by all {state.num_processes} ranks, and {_ranks(absent)} did not come: rank"
         f" {state.process_index} waited {waited:.0f} s. Either it failed, then its own error says why; or the call"
         " stands where not all ranks get to, behind `if accelerator.is_main_process`, or in a loop that is longer on"
         " some ranks. Where more time is needed: InitProcessGroupKwargs(timeout=...)"
     )
+
+
+def _ranks(numbers: list[int]) -> str:
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
 
 
 def _absent(state: PartialState, number: int, seconds: float) -> list[int]:
