@@ -243,16 +243,20 @@ def _part(how: str) -> str:
     ("how", "there", "before"),
     [
         ("module", "forward of experts.layers.b (Linear)", "forward of experts.layers.a (Linear)"),
-        pytest.param("evaluation", "the begin of another pass", "backward of the model (Net)", marks=pytest.mark.full),
+        pytest.param(
+            "evaluation", "the beginning of another pass", "backward of the model (Net)", marks=pytest.mark.full
+        ),
     ],
 )
-def test_a_rank_that_leaves_the_order_of_earlier_passes_is_named(how: str, there: str, before: str) -> None:
-    pool = RankPool(2)  # of its own, with a short timeout
+def test_a_rank_that_leaves_the_order_of_earlier_passes_is_named(
+    ranks: RankPool, how: str, there: str, before: str
+) -> None:
+    pool = RankPool(2, ranks.device)  # of its own, with a short timeout
     with pytest.raises(RankFailed) as caught:
         pool.run(_part, how=how)
     told = str(caught.value)
-    assert f"the pass through Net at ZeRO stage 3: rank 1 is at {there}, and rank 0 did not come there" in told
-    assert f"In earlier passes came here {before}" in told
+    assert f"at ZeRO stage 3: rank 1 is at {there}, and rank 0 did not come there" in told
+    assert f"In earlier passes {before} came next" in told
     assert "nothing was raised" not in str(caught.value.results)
 
 
@@ -264,6 +268,37 @@ def _wander() -> float:
 
 def test_stage_3_trains_where_all_ranks_change_their_way(ranks: RankPool) -> None:
     assert max(ranks.run(_wander)) < TOLERANCE["no"]
+
+
+def _loop_within_a_pass() -> tuple[int, int]:
+    """How often ranks meet in the first and the second hundred calls of a part, whose model is not called meanwhile."""
+    from zeroaccel.engine import fetch_order
+
+    running = accelerator({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    experts, met, meet = running.prepare(Net()).module.experts, [], fetch_order.meet
+
+    def counted(*arguments: Any) -> bool:
+        met.append(arguments)
+        return meet(*arguments)
+
+    fetch_order.meet = counted
+    try:
+        with torch.no_grad():
+            hidden = torch.ones(3, 8, device=device())
+            for _ in range(100):
+                experts(hidden, "ab")
+            first = len(met)
+            for _ in range(100):
+                experts(hidden, "ab")
+    finally:
+        fetch_order.meet = meet
+    return first, len(met) - first
+
+
+def test_ranks_stop_comparing_in_a_loop_within_a_pass(ranks: RankPool) -> None:
+    for first, then in ranks.run(_loop_within_a_pass):
+        assert first > 0
+        assert then == 0
 
 
 def _evaluate_other_modules() -> str:

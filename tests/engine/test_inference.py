@@ -218,6 +218,25 @@ def generated(how: str, precision: str, flag: bool, trained: bool) -> None:
     made.free_memory()
 
 
+def alone_while_gathered() -> None:
+    """With whole weights one rank may run the model by itself; then training goes on."""
+    made, inputs = running(), samples(8).tensors[0].to(device())
+    made.deepspeed_config["train_micro_batch_size_per_gpu"] = 4
+    model = net()
+    model, optimizer = made.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(4):
+        train_step(made, model, optimizer, inputs)
+        with torch.no_grad():
+            model(inputs)
+        with torch.no_grad(), gathered_for_generation(made, model) as whole:
+            answers = [whole(inputs) for _ in range(2 * made.is_main_process)]
+        assert len(answers) == 2 * made.is_main_process
+
+
+def test_one_rank_answers_while_weights_are_gathered(ranks: RankPool) -> None:
+    ranks.run(alone_while_gathered, timeout=40)
+
+
 @pytest.mark.parametrize(
     ("how", "precision", "flag", "trained"),
     [

@@ -91,7 +91,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": ("initialize_optimizer_states",)},
     "deepspeed.runtime.compiler": {"": ("lazy_disable",)},
     "deepspeed.runtime.zero.partitioned_param_coordinator": {
-        "PartitionedParameterCoordinator": ("fetch_sub_module", "reset_step"),
+        "PartitionedParameterCoordinator": ("fetch_sub_module", "is_complete_trace", "reset_step"),
     },
     "deepspeed.runtime.zero.partition_parameters": {
         "": ("AsyncPartitionedParameterSwapper", "DEFAULT_TENSOR_OVERRIDES", "zero3_linear_wrap"),

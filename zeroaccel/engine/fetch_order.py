@@ -1,16 +1,18 @@
 """Stage 3: all ranks run the same modules in the same order, or are told which of them did not.
 
 DeepSpeed 0.19.8 gathers what each rank asks for: weights of different modules, mixed up, if their sizes agree. It also
-gathers ahead, in the order of earlier passes, so that all ranks must run small modules, which are never split, too.
+gathers ahead, in the order of earlier passes, so that all ranks must run small modules, which stay gathered, too.
 
-Ranks compare where they can have parted, and nowhere else. What followed upon a module in earlier passes is the same on
-all ranks; so where nothing or several things did, all ranks meet, and where one thing did, a rank that goes on with it
-goes on alone, and one that does not waits for the others to come to the same decision.
+Ranks compare where they can have parted, and nowhere else. What followed a module in earlier passes is the same on all
+ranks; so where nothing or several things did, all ranks meet, and where one thing did, a rank that goes on with it goes
+on alone, and one that does not waits for the others to come to the same decision.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
+import threading
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -26,6 +28,11 @@ _REMEDY = (
 )
 
 
+_END = "the beginning of another pass"
+_TOLD_APART = 64  # visits of a module in a pass; those that follow count as one, or a loop within a pass had no end
+_numbers = itertools.count(1)  # of engines, which all ranks make in one order
+
+
 def watch(engine: Any) -> None:
     """Compares what the ranks run, in every pass through the model.
 
@@ -33,7 +40,7 @@ def watch(engine: Any) -> None:
         engine: of stage 3, with or without optimizer.
 
     Raises (from the model, later):
-        DistributedError: ranks are at different modules: on all of them, or on those that left the order of earlier
+        DistributedError: ranks are at different modules: on all ranks, or on those that left the order of earlier
             passes, once the process group's timeout is almost over, since the others may be held up in DeepSpeed.
     """
     if engine.world_size > 1:
@@ -41,37 +48,50 @@ def watch(engine: Any) -> None:
 
 
 class _Order:
-    """Known successors of each place in a pass: its number in the pass, and what is said of it in an error."""
+    """What has followed each place in a pass: a module's forward or backward, and which of its visits this is."""
 
     def __init__(self, engine: Any) -> None:
-        self._name = f"the pass through {type(engine.module).__name__} at ZeRO stage 3"
-        self._names = {module: name for name, module in engine.module.named_modules()}
-        self._known: defaultdict[tuple[int, str], set[str]] = defaultdict(set)
-        self._number, self._place = 0, ""
+        self._name = f"the pass through {type(engine.module).__name__} (engine {next(_numbers)}) at ZeRO stage 3"
+        self._names = {module: name or "the model" for name, module in engine.module.named_modules()}
+        self._known: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
+        self._visits: Counter[str] = Counter()
+        self._place = _END
+        self._over = False
+        self._lock = threading.Lock()  # DeepSpeed may come to one module on several threads of a backward pass
         offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-        coordinator = offload.get_param_coordinator()
-        self._fetch, self._reset = coordinator.fetch_sub_module, coordinator.reset_step
-        coordinator.fetch_sub_module, coordinator.reset_step = self._follow_and_fetch, self._end_pass
+        self._coordinator = offload.get_param_coordinator()
+        self._fetch, self._reset = self._coordinator.fetch_sub_module, self._coordinator.reset_step
+        self._coordinator.fetch_sub_module, self._coordinator.reset_step = self._follow_and_fetch, self._end_pass
 
     @lazy_disable  # type: ignore[untyped-decorator]
     def _follow_and_fetch(self, module: torch.nn.Module, forward: bool) -> None:
-        name = self._names.get(module, "a module that came later") or "the model"
-        self._follow(f"{'forward' if forward else 'backward'} of {name} ({type(module).__name__})")
+        name = self._names.get(module) or f"a module that came later, number {module.ds_id}"
+        with self._lock:
+            self._leave_pass()
+            self._follow(f"{'forward' if forward else 'backward'} of {name} ({type(module).__name__})")
         self._fetch(module, forward)
 
     @lazy_disable  # type: ignore[untyped-decorator]
     def _end_pass(self) -> None:
         """DeepSpeed ends a pass where the next one begins."""
-        if self._number:
-            self._follow("the begin of another pass")
-        self._number, self._place = 0, ""
+        self._over = self._place != _END
+        if not self._coordinator.is_complete_trace():  # DeepSpeed compares ranks, so all are here
+            self._leave_pass()
         self._reset()
 
+    def _leave_pass(self) -> None:
+        """Not before the next module: a rank may run the model by itself while everything is gathered."""
+        if self._over:
+            self._over = False
+            self._follow(_END)
+            self._visits.clear()
+
     def _follow(self, place: str) -> None:
-        known = self._known[self._number, self._place]
+        known = self._known[self._place, min(self._visits[self._place], _TOLD_APART)]
         if len(known) != 1:
             meet(PartialState(), self._name, place, _REMEDY)
         elif place not in known:
-            meet_apart(PartialState(), self._name, place, f"{_REMEDY}. In earlier passes came here {min(known)}")
+            meet_apart(PartialState(), self._name, place, f"{_REMEDY}. In earlier passes {min(known)} came next")
         known.add(place)
-        self._number, self._place = self._number + 1, place
+        self._place = place
+        self._visits[place] += 1

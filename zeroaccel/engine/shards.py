@@ -15,7 +15,6 @@ import torch
 import torch.distributed
 
 from zeroaccel.errors import UnsupportedError
-from zeroaccel.state import PartialState
 
 
 def is_split(tensor: Any) -> bool:
@@ -75,13 +74,13 @@ def pieces(tensor: Any, receivers: Sequence[int], here: bool) -> Iterator[torch.
         if rank == owner:
             yield from _send(tensor, length, rank, [receiver for receiver in receivers if receiver != rank], receivers)
         elif rank in receivers:
-            piece = torch.empty(length, dtype=tensor.dtype, device=_wire(tensor))
+            piece = torch.empty(length, dtype=tensor.dtype, device=_wire())
             torch.distributed.recv(piece.view(torch.uint8), src=owner)
             yield piece
 
 
-def _wire(tensor: Any) -> torch.device:
-    """Where tensors must be to be sent."""
+def _wire() -> torch.device:
+    """Where tensors must be to be sent: NCCL knows GPUs only."""
     nccl = torch.distributed.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -95,7 +94,7 @@ def _send(
     with own_part(tensor) as own:
         piece = own.narrow(0, 0, length)
         for receiver in others:
-            torch.distributed.send(piece.to(_wire(tensor)).contiguous().view(torch.uint8), dst=receiver)
+            torch.distributed.send(piece.to(_wire()).contiguous().view(torch.uint8), dst=receiver)
         if rank in receivers:
             yield piece
 
@@ -128,9 +127,9 @@ def as_on_first_rank(tensor: Any, value: torch.Tensor) -> None:
     """
     group = getattr(tensor, "ds_process_group", None)
     first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
-    here = value.to(PartialState().device)
+    here = value.to(_wire())
     torch.distributed.broadcast(here.view(-1).view(torch.uint8), first, group=group)
-    if here is not value:  # NCCL knows GPUs only
+    if here is not value:
         value.copy_(here)
 
 

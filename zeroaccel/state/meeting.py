@@ -61,7 +61,7 @@ def meet(state: PartialState, name: str, outline: str = "", remedy: str = "", fl
 
 
 def meet_apart(state: PartialState, name: str, outline: str, remedy: str) -> None:
-    """`meet` of ranks that may be the only ones to come, while a collective of DeepSpeed holds the others up.
+    """`meet` for ranks that may have come alone, the others being held up in a collective of DeepSpeed.
 
     So they look for each other in the process group's store first.
 
@@ -71,13 +71,35 @@ def meet_apart(state: PartialState, name: str, outline: str, remedy: str) -> Non
     if state.num_processes == 1:
         return
     number, begin = next(_numbers), time.monotonic()
-    _sign(state, number)
-    if absent := _absent(state, number, EARLIER * _timeout(state) - 2 * PATIENCE):
+    try:
+        _sign(state, number)
+        absent = _absent_apart(state, number)
+    except RuntimeError as problem:
+        raise DistributedError(f"{name}: {_fell_apart(state, time.monotonic() - begin)}") from problem
+    if absent:
         raise DistributedError(
             f"{name}: rank {state.process_index} is at {outline}, and {_ranks(absent)} did not come there in"
-            f" {time.monotonic() - begin:.0f} s: {remedy}"
+            f" {time.monotonic() - begin:.0f} s. Either it failed, then its own error says why, or it went another way:"
+            f" {remedy}"
         )
     meet(state, name, outline, remedy)
+
+
+def _absent_apart(state: PartialState, number: int) -> list[int]:
+    """Ranks that do not come in time. One question to the store at a time, of however many ranks."""
+    key, end = f"zeroaccel/apart/{number}", time.monotonic() + _limit(state)
+    arrived = _store().add(key, 1)
+    look = time.monotonic() + PATIENCE
+    while arrived < state.num_processes:
+        now = time.monotonic()
+        if now > min(look, end):  # one that waits elsewhere has signed, and need not be waited for
+            absent = _absent(state, number, 0.0)
+            if not absent or now > end:
+                return absent
+            look = now + PATIENCE
+        time.sleep(0.002)
+        arrived = _store().add(key, 0)
+    return []
 
 
 def _difference(said: list[tuple[str, str]], remedy: str) -> str:
@@ -107,7 +129,7 @@ def attend(state: PartialState, name: str, start: Callable[[], Any]) -> None:
         if _done(state, work, PATIENCE):
             return
         _sign(state, number)
-        if _done(state, work, EARLIER * _timeout(state) - 2 * PATIENCE):
+        if _done(state, work, _limit(state)):
             return
     except RuntimeError as error:  # gloo and NCCL: a connection is gone, or the time is over
         problem = error
@@ -123,7 +145,7 @@ def _connect(state: PartialState, name: str) -> None:
         return
     number, begin = next(_numbers), time.monotonic()
     _sign(state, number)
-    if _absent(state, number, EARLIER * _timeout(state) - 2 * PATIENCE):
+    if _absent(state, number, _limit(state)):
         raise DistributedError(_roll_call(state, number, name, time.monotonic() - begin, None))
     _connected = group
 
@@ -158,6 +180,11 @@ def _timeout(state: PartialState) -> float:
     return float(backend.options._timeout.total_seconds())
 
 
+def _limit(state: PartialState) -> float:
+    """Seconds to wait for other ranks, so that who is missing can be said before the group's timeout."""
+    return max(PATIENCE, EARLIER * _timeout(state) - 2 * PATIENCE)
+
+
 def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
@@ -177,7 +204,7 @@ def _roll_call(state: PartialState, number: int, name: str, waited: float, probl
         _sign(state, number)
         absent = _absent(state, number, PATIENCE + 1)  # one that came a moment ago still has its patience
     except RuntimeError:  # the store lives in the launcher, or in rank 0
-        return f"{name}: rank {state.process_index} waited {waited:.0f} s, then the run fell apart: see the other ranks"
+        return f"{name}: {_fell_apart(state, waited)}"
     if not absent:
         return f"{name} failed after {waited:.0f} s, though all ranks were there: {problem}"
     return (
@@ -186,6 +213,10 @@ def _roll_call(state: PartialState, number: int, name: str, waited: float, probl
         " stands where not all ranks get to, behind `if accelerator.is_main_process`, or in a loop that is longer on"
         " some ranks. Where more time is needed: InitProcessGroupKwargs(timeout=...)"
     )
+
+
+def _fell_apart(state: PartialState, waited: float) -> str:
+    return f"rank {state.process_index} waited {waited:.0f} s, then the run fell apart: see the other ranks"
 
 
 def _ranks(numbers: list[int]) -> str:
