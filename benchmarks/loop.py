@@ -1,12 +1,17 @@
 """What the loop costs: zeroaccel and Accelerate against raw DeepSpeed, in one process, interleaved.
 
-Every block times some steps of each contestant in turn, so that whatever else the machine does hits all of them.
-Usage: python benchmarks/loop.py [--stages 0 1 2 3] [--blocks 40] [--steps 10] [--hidden 256] [--device cpu]
+Every block times some steps of each contestant in turn, so that whatever else the machine does hits all of them. Where
+a contestant's memory lies makes some hundredths; so there are several rounds, each in a process of its own, in which
+the contestants are made in another order.
+Usage: python benchmarks/loop.py [--stages 0 1 2 3] [--rounds 6] [--blocks 40] [--steps 10] [--hidden 256]
+           [--device cpu|cuda]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import statistics
 import time
@@ -71,26 +76,26 @@ def with_library(name: str, stage: int, hidden: int, cpu: bool) -> tuple[Any, Ca
     return model, step
 
 
-def reset() -> None:
-    """Both libraries keep their configuration for a process; every stage needs a new one."""
-    from accelerate.state import AcceleratorState as TheirState
-    from accelerate.state import GradientState as TheirGradients
-
-    from zeroaccel.state import AcceleratorState, GradientState
-
-    TheirState._reset_state(True)
-    TheirGradients._reset_state()
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-def measure(stage: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds a step of raw DeepSpeed, and the other two as ratios to it; medians over the blocks."""
-    reset()
+def measure(stage: int, arguments: argparse.Namespace, number: int) -> dict[str, float]:
+    """Milliseconds a step of raw DeepSpeed, and the other two as ratios to it; medians over one round's blocks."""
     cpu = arguments.device == "cpu"
-    ours = with_library("zeroaccel", stage, arguments.hidden, cpu)
-    theirs = with_library("accelerate", stage, arguments.hidden, cpu)
-    contestants = {"raw": raw_deepspeed(stage, arguments.hidden), "zeroaccel": ours, "accelerate": theirs}
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29541",
+    }
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(1)
+    makers: dict[str, Callable[[], Any]] = {
+        "raw": lambda: raw_deepspeed(stage, arguments.hidden),
+        "zeroaccel": lambda: with_library("zeroaccel", stage, arguments.hidden, cpu),
+        "accelerate": lambda: with_library("accelerate", stage, arguments.hidden, cpu),
+    }
+    made = {name: makers[name]() for name in list(itertools.permutations(makers))[number % 6]}
+    contestants = {name: made[name] for name in makers}
     device = contestants["raw"][0].device
     x = torch.randn(BATCH, arguments.hidden, device=device)
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -117,17 +122,17 @@ def measure(stage: int, arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
-    if arguments.device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(1)
     print("| stage | raw DeepSpeed, ms a step | zeroaccel / raw | Accelerate / raw |\n|---|---|---|---|")
     for stage in arguments.stages:
-        result = measure(stage, arguments)
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            rounds = pool.starmap(measure, [(stage, arguments, number) for number in range(arguments.rounds)], 1)
+        result = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
         print(
             f"| {stage} | {result['raw ms']:.2f} | {result['zeroaccel']:.3f} | {result['accelerate']:.3f} |", flush=True
         )

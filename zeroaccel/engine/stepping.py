@@ -6,8 +6,8 @@ backward pass only accumulates; the first of `clip_grad_norm_`, `clip_grad_value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Stepper:
         self.step_was_skipped = False
         self.configured_clipping = float(engine.gradient_clipping() or 0.0)
         self.trained = trained
+        self._parameters = [p for p in engine.module.parameters() if id(p) in trained]
         self._last_norm = torch.zeros((), device=engine.device)
         self._state = state
         self._gradients = gradients_of(engine)
@@ -123,7 +124,7 @@ class Stepper:
 
     def _wants_gradients(self) -> bool:
         """Whether a pass through the model is more than that: a script may freeze one while it trains another."""
-        return any(p.requires_grad for p in self.engine.module.parameters() if id(p) in self.trained)
+        return any(parameter.requires_grad for parameter in self._parameters)
 
     def _enter_native(self) -> None:
         if self.window.micro_batches:
@@ -381,10 +382,7 @@ def backward(
         loss = loss * relative
     elif divisor > 1:
         loss = loss / divisor
-    with ExitStack() as stack:
-        if retain_graph:
-            for stepper in steppers:
-                stack.enter_context(stepper._gradients.keeping_graph())
+    with _keeping_graph(steppers) if retain_graph else nullcontext():
         try:
             reached = _backward_through(steppers, loss, retain_graph, scale)
         except BaseException:
@@ -393,6 +391,14 @@ def backward(
             raise
     for stepper in reached:
         stepper._count_backward(scale_wrt_gas, relative)
+
+
+@contextmanager
+def _keeping_graph(steppers: Sequence[Stepper]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for stepper in steppers:
+            stack.enter_context(stepper._gradients.keeping_graph())
+        yield
 
 
 def _common_scale(steppers: Sequence[Stepper]) -> float:
