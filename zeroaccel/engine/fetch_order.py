@@ -10,6 +10,7 @@ on alone, and one that does not waits for the others to come to the same decisio
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections import Counter, defaultdict
@@ -53,6 +54,7 @@ class _Order:
     def __init__(self, engine: Any) -> None:
         self._name = f"the pass through {type(engine.module).__name__} (engine {next(_numbers)}) at ZeRO stage 3"
         self._names = {module: name or "the model" for name, module in engine.module.named_modules()}
+        self._place_of = functools.cache(self._in_words)
         self._known: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
         self._visits: Counter[str] = Counter()
         self._place = _END
@@ -63,15 +65,17 @@ class _Order:
         self._fetch, self._reset = self._coordinator.fetch_sub_module, self._coordinator.reset_step
         self._coordinator.fetch_sub_module, self._coordinator.reset_step = self._follow_and_fetch, self._end_pass
 
-    @lazy_disable  # type: ignore[untyped-decorator]
     def _follow_and_fetch(self, module: torch.nn.Module, forward: bool) -> None:
-        name = self._names.get(module) or f"a module that came later, number {module.ds_id}"
         with self._lock:
             self._leave_pass()
-            self._follow(f"{'forward' if forward else 'backward'} of {name} ({type(module).__name__})")
+            self._follow(self._place_of(module, forward))
         self._fetch(module, forward)
 
-    @lazy_disable  # type: ignore[untyped-decorator]
+    def _in_words(self, module: torch.nn.Module, forward: bool) -> str:
+        name = self._names.get(module) or f"a module that came later, number {module.ds_id}"
+        return f"{'forward' if forward else 'backward'} of {name} ({type(module).__name__})"
+
+    @lazy_disable  # type: ignore[untyped-decorator]  # as DeepSpeed's; what calls the others is disabled as a whole
     def _end_pass(self) -> None:
         """DeepSpeed ends a pass where the next one begins."""
         self._over = self._place != _END
