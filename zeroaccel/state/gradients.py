@@ -87,7 +87,7 @@ class GradientState(Shared):
     @property
     def active_dataloader(self) -> Any:
         """The innermost loader that is being iterated, or None."""
-        return self.dataloader_references[-1]
+        return next((loader for reference in reversed(self._references) if (loader := reference()) is not None), None)
 
     @property
     def in_dataloader(self) -> bool:
@@ -112,7 +112,7 @@ class GradientState(Shared):
 
         `backward` counts it as zero and `gather_for_metrics` leaves it out; what a script counts by itself should too.
         """
-        return any(getattr(loader, "filler", False) for loader in self.dataloader_references)
+        return any(getattr(reference(), "filler", False) for reference in self._references)
 
     @property
     def batch_sizes(self) -> list[int] | None:
