@@ -2,7 +2,8 @@
 
 Every block times some steps of each contestant in turn, so that whatever else the machine does hits all of them. Where
 a contestant's memory lies makes some hundredths; so there are several rounds, each in a process of its own, in which
-the contestants are made in another order.
+the contestants are made in another order, and glibc keeps freed memory: by itself it gives it back or not as it comes,
+and a contestant that gets new pages at every step needs a third more.
 Usage: python benchmarks/loop.py [--stages 0 1 2 3] [--rounds 6] [--blocks 40] [--steps 10] [--hidden 256]
            [--device cpu|cuda]
 """
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 BATCH = 16
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}  # bytes
 
 
 def make_model(hidden: int) -> nn.Module:
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
+    os.environ |= KEEP_FREED_MEMORY  # of the processes to come
     print("| stage | raw DeepSpeed, ms a step | zeroaccel / raw | Accelerate / raw |\n|---|---|---|---|")
     for stage in arguments.stages:
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -32,6 +32,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "get_global_grad_norm",
             "is_gradient_accumulation_boundary",
             "initial_dynamic_scale",
+            "zero_optimization_partition_gradients",
         ),
     },
     "deepspeed.runtime.base_optimizer": {
@@ -40,6 +41,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "deepspeed.runtime.zero.stage_1_and_2": {
         "": ("INITIAL_MICRO_STEP_ID",),
         "DeepSpeedZeroOptimizer": (
+            "backward_epilogue",
             "initialize_optimizer_states",
             "finalize_gradient_accumulation_boundary",
             "get_param_gradient_attribute",
@@ -125,9 +127,11 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 # The same for attributes that only instances have; of an optimizer, class -> (always, where it is offloaded)
 ENGINE_ATTRIBUTES = (
     "basic_optimizer",
+    "enable_backward_allreduce",
     "mpu",
     "pipeline_parallelism",
     "_config",
+    "_is_gradient_accumulation_boundary",
     "_running_engine_backward",
     "_running_engine_step",
 )
@@ -150,6 +154,7 @@ OPTIMIZER_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "reduce_bucket_size",
             "_coalesce_grad_reduction",
             "_hp_optimizer_states_linked",
+            "_is_gradient_accumulation_boundary",
             "real_dp_process_group",
             "round_robin_bit16_groups",
             "round_robin_bit16_offsets",
@@ -175,6 +180,7 @@ OPTIMIZER_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "reduce_bucket_size",
             "sub_group_to_group_id",
             "_coalesce_grad_reduction",
+            "_is_gradient_accumulation_boundary",
         ),
         ("_offload_boundary_param_ids", "norm_for_param_grads"),
     ),

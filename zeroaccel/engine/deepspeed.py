@@ -305,7 +305,7 @@ class DeepSpeedBackend:
             raise UsageError(
                 "backward needs a model that was prepared with its optimizer: accelerator.prepare(model, optimizer)"
             )
-        if unknown := set(options) - {"retain_graph", "scale_wrt_gas", "weight"}:
+        if options and (unknown := set(options) - {"retain_graph", "scale_wrt_gas", "weight"}):
             raise UnsupportedError(f"backward({', '.join(sorted(unknown))}=...) does not exist under DeepSpeed")
         if loss.numel() != 1:
             raise ConfigError(

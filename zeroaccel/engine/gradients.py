@@ -38,6 +38,7 @@ class Gradients:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         self.optimizer = engine.optimizer
+        self._reduced_in_backward = engine.zero_optimization_partition_gradients()
 
     @property
     def loss_scale(self) -> float:
@@ -46,7 +47,13 @@ class Gradients:
 
     def arm(self) -> None:
         """Before every backward pass: it shall accumulate, not finish a window."""
-        self.engine.set_gradient_accumulation_boundary(False)
+        self._set_boundary(False)
+
+    def _set_boundary(self, boundary: bool | None) -> None:
+        """What the engine takes for the end of a window; None: it counts by itself."""
+        attributes = self.engine.__dict__  # past Module.__setattr__, which takes as long as all of the counting
+        attributes["_is_gradient_accumulation_boundary"] = boundary
+        attributes["enable_backward_allreduce"] = self._reduced_in_backward or boundary is not False
 
     @contextmanager
     def keeping_graph(self) -> Iterator[None]:
@@ -55,7 +62,7 @@ class Gradients:
 
     def reduce(self) -> None:
         """Averages the window's gradients over the ranks; collective, once a window."""
-        self.engine.set_gradient_accumulation_boundary(True)
+        self._set_boundary(True)
         self.engine.allreduce_gradients()
 
     def accumulated(self) -> Iterator[torch.Tensor]:
@@ -98,7 +105,7 @@ class Gradients:
 
     def after_step(self) -> None:
         """After the engine's step, and before the first window: DeepSpeed counts again until the next `arm`."""
-        self.engine.set_gradient_accumulation_boundary(None)
+        self._set_boundary(None)
 
 
 class _ZeroGradients(Gradients):
@@ -113,6 +120,10 @@ class _ZeroGradients(Gradients):
         super().arm()
         self.optimizer.clear_backward_seen_flag()
         self.optimizer._backward_active_depth = 0
+
+    def _set_boundary(self, boundary: bool | None) -> None:
+        super()._set_boundary(boundary)
+        self.optimizer._is_gradient_accumulation_boundary = bool(boundary)  # its own copy
 
     def _land(self) -> None:
         """Gradients in host memory are there: DeepSpeed copies them from the device without waiting."""
@@ -145,16 +156,36 @@ class Stage12Gradients(_ZeroGradients):
             self._keep_order()
             return
         # Else stage 1 leaves this rank's own gradient in `parameter.grad`, where it is taken for the average.
+        self._cast = bool(self.optimizer.use_grad_accum_attribute)
         self.optimizer.use_grad_accum_attribute = True
+        self.optimizer.backward_epilogue = self._take_in
         # No backward pass runs when stage 1 reduces; with this set it leaves gradients out that came before.
         self.optimizer.overlap_comm = False
+
+    def arm(self) -> None:
+        super().arm()
+        if not self.optimizer.partition_gradients and not self._cast:
+            self.optimizer.use_grad_accum_attribute = False  # which hooks would follow gradient by gradient
+
+    def _take_in(self) -> None:
+        # At the end of every backward pass.
+        self.optimizer.use_grad_accum_attribute = True
+        for group in self.optimizer.bit16_groups:
+            for parameter in group:
+                if (gradient := parameter.grad) is None:
+                    continue
+                if (accumulated := parameter.grad_accum) is None:
+                    parameter.grad_accum = gradient.to(self.optimizer.gradient_accumulation_dtype)
+                else:
+                    accumulated.add_(gradient)
+                parameter.grad = None
 
     def reduce(self) -> None:
         if not self.optimizer.partition_gradients:
             self._fill_missing()
             super().reduce()
             return
-        self.engine.set_gradient_accumulation_boundary(True)
+        self._set_boundary(True)
         self.optimizer.finalize_gradient_accumulation_boundary()
         self._land()
 
@@ -162,7 +193,7 @@ class Stage12Gradients(_ZeroGradients):
         # DeepSpeed leaves out what this rank did not use, and so adds up gradients of different parameters.
         for group in self.optimizer.bit16_groups:
             for parameter in group:
-                if parameter.requires_grad and parameter.grad_accum is None:
+                if parameter.grad_accum is None and parameter.requires_grad:
                     parameter.grad_accum = torch.zeros_like(parameter, dtype=self.optimizer.gradient_accumulation_dtype)
 
     def accumulated(self) -> Iterator[torch.Tensor]:
@@ -291,7 +322,7 @@ class Stage3Gradients(_ZeroGradients):
             module.__dict__.update(count)
 
     def reduce(self) -> None:
-        self.engine.set_gradient_accumulation_boundary(True)
+        self._set_boundary(True)
         if self.optimizer.offload_optimizer:
             # Parameters that no backward pass touched must be written too, as zeros.
             self.optimizer._offload_boundary_param_ids = {

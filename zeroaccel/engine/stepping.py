@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ from zeroaccel.state import GradientState
 logger = library_logger(__name__)
 
 _GRAPHS = deepspeed_engine._ENGINE_BACKWARD_GRAPH_TRACKER
+_REQUIRES_GRAD = attrgetter("requires_grad")
+_BROKEN = (
+    "the last backward pass failed half way, so the gradients are those of a part of the model: call"
+    " optimizer.zero_grad() before you go on"
+)
 
 
 class Stepper:
@@ -54,9 +60,9 @@ class Stepper:
         self._begin_window()
         self._native = False
         self._native_step_due = False
-        self._reached = False
+        self._admitted = self._reached = False
         self._weighted = False
-        self._share_of_pass, self._scale_of_pass = 1.0, 1.0
+        self._share_of_pass, self._foreign_of_pass = 1.0, False
         self._hook_engine()
         self._gradients.after_step()
         give_access(engine.optimizer, self)
@@ -71,6 +77,7 @@ class Stepper:
         self._broken = False  # a backward pass into them failed
         self._edited = False  # DeepSpeed's stored norms are old
         self._clipping: float | None = None  # what the script clips this window to, if the step is to do it
+        self._clips_as_configured = True
         self.window.close()
 
     # --- the engine's own methods -------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ class Stepper:
         def reach(gradient: Any) -> Any:  # at each gradient of an output, also in a second pass through a kept graph
             if not self._reached and self._wants_gradients():
                 self._reached = True
-                if engine._running_engine_backward and not self._native:
+                if not self._admitted and not self._native and engine._running_engine_backward:
                     self._admit()
             elif not self._reached and engine.zero_optimization_stage() == 3:
                 let_go_after_backward(engine.optimizer.parameter_offload)
@@ -124,7 +131,7 @@ class Stepper:
 
     def _wants_gradients(self) -> bool:
         """Whether a pass through the model is more than that: a script may freeze one while it trains another."""
-        return any(parameter.requires_grad for parameter in self._parameters)
+        return any(map(_REQUIRES_GRAD, self._parameters))
 
     def _enter_native(self) -> None:
         if self.window.micro_batches:
@@ -147,28 +154,30 @@ class Stepper:
 
     # --- backward -----------------------------------------------------------------------------------------------
 
-    def _begin_backward(self, weighted: bool = False, share: float = 1.0, scale: float = 1.0) -> None:
+    def _begin_backward(self, weighted: bool = False, share: float = 1.0, foreign_scale: bool = False) -> None:
         """A backward pass comes; whether it reaches this engine is not known yet.
 
         Args:
             weighted: its loss is multiplied by a weight.
             share: what this engine's gradients lack then, compared with those of a loss of its own.
-            scale: fp16 loss scale that it is multiplied by.
+            foreign_scale: its loss is multiplied by another engine's fp16 loss scale.
         """
         if self._native:
             raise UsageError(
                 "this model is stepped natively (model.backward, model.step): accelerator.backward and"
                 " optimizer.step cannot join in"
             )
-        self._reached = False
+        self._admitted = self._reached = False
         self._weighted = weighted
-        self._share_of_pass, self._scale_of_pass = share, scale
+        self._share_of_pass, self._foreign_of_pass = share, foreign_scale
         if not self._final:
             self._gradients.arm()
 
     def _admit(self) -> None:
         """The pass reaches this engine."""
-        self._refuse_broken()
+        self._admitted = True
+        if self._broken:
+            raise UsageError(_BROKEN)
         if self._final:
             raise UsageError(AFTER_CLIPPING)
         self.window.check_weight(self._weighted)
@@ -179,21 +188,14 @@ class Stepper:
             if self.window.micro_batches:
                 self._multiply(self._share / self._share_of_pass)
             self._share = self._share_of_pass
-        self._foreign_scale |= self.loss_scale == 1.0 != self._scale_of_pass
-
-    def _refuse_broken(self) -> None:
-        if self._broken:
-            raise UsageError(
-                "the last backward pass failed half way, so the gradients are those of a part of the model: call"
-                " optimizer.zero_grad() before you go on"
-            )
+        self._foreign_scale |= self._foreign_of_pass
 
     def _count_backward(self, scaled: bool, weight: float | None = None) -> None:
-        state = self._state
-        self.window.size = self.steps
-        self.window.backward(state.batches_drawn if state.in_dataloader else None, scaled, weight)
-        if not self.window.inside_context and not state.script_cuts:
-            state._mirror_sync_gradients(self.window.syncs)
+        state, window = self._state, self.window
+        window.size = self.steps
+        window.backward(state.batches_drawn if state.in_dataloader else None, scaled, weight)
+        if not window.inside_context and not state.script_cuts:
+            state._mirror_sync_gradients(window.syncs)
         if self._gradients.local and self._would_close():
             self._reduce()
 
@@ -222,9 +224,8 @@ class Stepper:
                 gradient.mul_(factor)
 
     def _refresh_norms(self) -> None:
-        if self._edited:
-            self._gradients.refresh_norms()
-            self._edited = False
+        self._gradients.refresh_norms()
+        self._edited = False
 
     def norm(self) -> torch.Tensor:
         """True norm of this window's gradients before clipping; inside an open window, the last one's."""
@@ -232,7 +233,8 @@ class Stepper:
             return torch.as_tensor(norm, device=self.engine.device)
         if self._closes():
             self.complete()
-            self._refresh_norms()
+            if self._edited:
+                self._refresh_norms()
             scaled = self._gradients.scaled_norm()
             self._gradients.hold_norm(scaled)
             self._last_norm = (scaled.float() / self.loss_scale).to(self.engine.device)
@@ -243,6 +245,7 @@ class Stepper:
         if not self._final:
             return
         self._gradients.set_clipping(max_norm)
+        self._clips_as_configured = False
         self._clipping = max_norm or None
         if self._gradients.local:
             self._clip_now()
@@ -305,22 +308,25 @@ class Stepper:
             if self._native_step_due:
                 raise UsageError("optimizer.step() on a model that is stepped natively: call model.step() instead")
             return  # as scripts for Accelerate call it after deepspeed_engine_wrapped.backward(), which has stepped
-        self._refuse_broken()
-        real = self.window.step(self._state.script_cuts, self._state.sync_gradients)
-        if not self.window.inside_context and not self._state.script_cuts:
-            self._state._mirror_sync_gradients(real or self.window.micro_batches == 0)
+        if self._broken:
+            raise UsageError(_BROKEN)
+        state, window = self._state, self.window
+        real = window.step(state.script_cuts, state.sync_gradients)
+        if not window.inside_context and not state.script_cuts:
+            state._mirror_sync_gradients(real or window.micro_batches == 0)
         if not real:
             return
         self._reduce()
-        if self._gradients.local and (clipping := float(self.engine.gradient_clipping() or 0.0)):
+        if self._gradients.local and self.configured_clipping and self._clips_as_configured:
             self.norm()  # DeepSpeed's own clipping fails there on a parameter without dimensions
-            self.clip_norm(clipping)
+            self.clip_norm(self.configured_clipping)
         if self._foreign_scale and not torch.isfinite(self.norm()):
             self.step_was_skipped = True  # an overflow of the other model's, which skips as well
             self._gradients.clear()
             self._end_window()
             return
-        self._refresh_norms()
+        if self._edited:
+            self._refresh_norms()
         DeepSpeedEngine.step(self.engine)
         self.step_was_skipped = not self.engine.was_step_applied()
         if self.step_was_skipped and not self.engine.dynamic_loss_scale():
@@ -329,7 +335,7 @@ class Stepper:
 
     def zero_grad(self) -> None:
         """Throws the accumulated gradients away, unless an accumulation window is open."""
-        in_use = self._broken or (self.window.clears and self.window.micro_batches > 0)
+        in_use = self._broken or (self.window.micro_batches > 0 and self.window.clears)
         if self._native or not in_use:
             return
         self._gradients.clear()
@@ -337,7 +343,8 @@ class Stepper:
 
     def _end_window(self) -> None:
         self._gradients.after_step()
-        self._gradients.set_clipping(self.configured_clipping)
+        if not self._clips_as_configured:
+            self._gradients.set_clipping(self.configured_clipping)
         self._begin_window()
 
     def check_stepped(self) -> None:
@@ -367,14 +374,8 @@ def backward(
         weight: number of tokens of which the loss is the mean; then the step is on the mean over all tokens of the
             window and of all ranks, and nothing is divided by the gradient accumulation steps.
     """
-    divided = scale_wrt_gas and weight is None
-    divisor = max(stepper.steps for stepper in steppers) if divided else 1
-    scale = _common_scale(steppers)
-    for stepper in steppers:
-        share = stepper.loss_scale / scale * (divisor / stepper.steps if divided else 1.0)
-        stepper._begin_backward(weighted=weight is not None, share=share, scale=scale)
-    if len(steppers) == 1:
-        steppers[0]._admit()
+    begin, run = (_begin_one, _backward_one) if len(steppers) == 1 else (_begin_several, _backward_several)
+    divisor, scale = begin(steppers, scale_wrt_gas and weight is None, weight is not None)
     if steppers[0]._state.filler:  # this rank has no batch any more, but the others need it
         loss, weight = loss * 0, None if weight is None else 0
     relative = None if weight is None else steppers[0]._weights.relative(weight)
@@ -382,13 +383,13 @@ def backward(
         loss = loss * relative
     elif divisor > 1:
         loss = loss / divisor
-    with _keeping_graph(steppers) if retain_graph else nullcontext():
-        try:
-            reached = _backward_through(steppers, loss, retain_graph, scale)
-        except BaseException:
-            for stepper in steppers:
-                stepper._broken |= stepper._reached
-            raise
+    try:
+        with _keeping_graph(steppers) if retain_graph else nullcontext():
+            reached = run(steppers, loss, retain_graph, scale)
+    except BaseException:
+        for stepper in steppers:
+            stepper._broken |= stepper._reached
+        raise
     for stepper in reached:
         stepper._count_backward(scale_wrt_gas, relative)
 
@@ -401,31 +402,40 @@ def _keeping_graph(steppers: Sequence[Stepper]) -> Iterator[None]:
         yield
 
 
-def _common_scale(steppers: Sequence[Stepper]) -> float:
-    """Factor of a loss that may run through all of them: the smallest loss scale of those in fp16."""
-    return min((stepper.loss_scale for stepper in steppers if stepper.loss_scale != 1.0), default=1.0)
+def _begin_one(steppers: Sequence[Stepper], divided: bool, weighted: bool) -> tuple[int, float]:
+    """The pass of the only engine, which scales by itself; returns what the loss is divided and multiplied by."""
+    (stepper,) = steppers
+    stepper._begin_backward(weighted)
+    stepper._admit()
+    return stepper.steps if divided else 1, 1.0
 
 
-def _backward_through(
+def _begin_several(steppers: Sequence[Stepper], divided: bool, weighted: bool) -> tuple[int, float]:
+    """A pass that may reach several: one divisor, and the smallest loss scale of those in fp16."""
+    divisor = max(stepper.steps for stepper in steppers) if divided else 1
+    scale = min((stepper.loss_scale for stepper in steppers if stepper.loss_scale != 1.0), default=1.0)
+    for stepper in steppers:
+        share = stepper.loss_scale / scale * (divisor / stepper.steps if divided else 1.0)
+        stepper._begin_backward(weighted, share, foreign_scale=stepper.loss_scale == 1.0 != scale)
+    return divisor, scale
+
+
+def _backward_one(
     steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool, scale: float
 ) -> Sequence[Stepper]:
     """Runs the pass; returns the engines that took part."""
-    if len(steppers) > 1:
-        return _backward_several(steppers, loss, retain_graph, scale)
-    _backward_one(steppers[0], loss, retain_graph)
-    return steppers
-
-
-def _backward_one(stepper: Stepper, loss: torch.Tensor, retain_graph: bool) -> None:
+    (stepper,) = steppers
     # engine.backward scales the loss for ZeRO optimizers only; the fp16 optimizer of stage 0 divides all the same.
     if not isinstance(stepper.engine.optimizer, ZeROOptimizer) and stepper._gradients.loss_scale != 1.0:
         loss = loss.float() * stepper._gradients.loss_scale
     DeepSpeedEngine.backward(stepper.engine, loss, retain_graph=retain_graph, scale_wrt_gas=False)
+    return steppers
 
 
 def _backward_several(
     steppers: Sequence[Stepper], loss: torch.Tensor, retain_graph: bool, scale: float
-) -> list[Stepper]:
+) -> Sequence[Stepper]:
+    """Runs the pass; returns the engines that took part."""
     if scale != 1.0:
         loss = loss.float() * scale
     engines = [stepper.engine for stepper in steppers]

@@ -120,15 +120,18 @@ class Window:
             script_cuts: the script assigned `sync_gradients` itself.
             script_syncs: the value that it assigned.
         """
-        if self.micro_batches and self.cutter is not Cutter.CONTEXT:
-            self.cutter = self._outside = self._cutter_of_step(script_cuts)
-        return self.would_close(script_cuts, script_syncs)
+        if not self.micro_batches:
+            return False
+        cutter = self._cutter_of_step(script_cuts)
+        if cutter is not Cutter.CONTEXT:
+            self.cutter = self._outside = cutter
+        return self._closed_by(cutter, script_syncs)
 
     def would_close(self, script_cuts: bool = False, script_syncs: bool = True) -> bool:
         """What `closes` would answer, without deciding anything."""
-        if self.micro_batches == 0:
-            return False
-        cutter = self._cutter_of_step(script_cuts)
+        return self.micro_batches > 0 and self._closed_by(self._cutter_of_step(script_cuts), script_syncs)
+
+    def _closed_by(self, cutter: Cutter, script_syncs: bool) -> bool:
         if cutter is Cutter.CONTEXT:
             return self._closing
         if cutter is Cutter.SCRIPT:

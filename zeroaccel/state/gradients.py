@@ -87,7 +87,11 @@ class GradientState(Shared):
     @property
     def active_dataloader(self) -> Any:
         """The innermost loader that is being iterated, or None."""
-        return next((loader for reference in reversed(self._references) if (loader := reference()) is not None), None)
+        # A loop, because every backward pass asks, and a generator costs more.
+        for reference in reversed(self._references):
+            if (loader := reference()) is not None:
+                return loader
+        return None
 
     @property
     def in_dataloader(self) -> bool:
