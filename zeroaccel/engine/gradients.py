@@ -304,12 +304,39 @@ class Stage3Gradients(_ZeroGradients):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self._counted: list[Any] = []
+        self._all = {parameter.ds_id for group in self.optimizer.fp16_groups for parameter in group}
+        self._filled: set[int] = set()  # whose buffers hold gradients of this window; in the others are old ones
+        self._armed = False
+        self._partition = self.optimizer.partition_grads
+        self.optimizer.partition_grads = self._copy_or_add
         self._keep_order()
 
     def arm(self) -> None:
         super().arm()
-        # At 0 DeepSpeed copies instead of accumulating: wrong once two losses touch different parameters.
-        self.optimizer.micro_step_id = max(self.optimizer.micro_step_id, 1)
+        self._armed = True
+
+    def _copy_or_add(self, parameters: list[Any], gradients: list[torch.Tensor]) -> Any:
+        """The first gradient of a window is copied into a parameter's buffer, the others are added.
+
+        DeepSpeed copies in the first pass and adds in later ones: wrong once two losses touch different parameters.
+        """
+        if self._armed:
+            numbers = [parameter.ds_id for parameter in parameters]
+            copies = self._filled.isdisjoint(numbers) and len(set(numbers)) == len(numbers)
+            if not copies:
+                self._zero(set(numbers) - self._filled)
+            self._filled.update(numbers)
+            self.optimizer.micro_step_id = 0 if copies else 1
+        return self._partition(parameters, gradients)
+
+    def _zero(self, numbers: set[int]) -> None:
+        buffers = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for number in numbers:
+            buffers[number].zero_()
+
+    def _fill_missing(self) -> None:
+        self._zero(self._all - self._filled)
+        self._filled |= self._all
 
     @contextmanager
     def keeping_graph(self) -> Iterator[None]:
@@ -323,16 +350,15 @@ class Stage3Gradients(_ZeroGradients):
 
     def reduce(self) -> None:
         self._set_boundary(True)
+        self._fill_missing()
         if self.optimizer.offload_optimizer:
-            # Parameters that no backward pass touched must be written too, as zeros.
-            self.optimizer._offload_boundary_param_ids = {
-                parameter.ds_id for group in self.optimizer.fp16_groups for parameter in group
-            }
+            self.optimizer._offload_boundary_param_ids = set(self._all)  # those that no pass touched, too, as zeros
         self.optimizer.finalize_gradient_accumulation_boundary()
         self._land()
 
     def accumulated(self) -> Iterator[torch.Tensor]:
         self._land()
+        self._fill_missing()
         yield self.optimizer.grad_partitions_flat_buffer
 
     def reduced(self) -> Iterator[torch.Tensor]:
@@ -376,7 +402,6 @@ class Stage3Gradients(_ZeroGradients):
         self.optimizer.inf_or_nan_tracker.zero_()
         if self.optimizer.offload_optimizer:
             self.optimizer.norm_for_param_grads = {}
-        self._zero_buffers()
 
     def release_norm(self) -> None:
         self.optimizer.__dict__.pop("_get_norm_groups", None)
@@ -386,15 +411,8 @@ class Stage3Gradients(_ZeroGradients):
         while self._counted:  # no graph outlives the step
             self._counted.pop().applied_pre_backward_ref_cnt = 0
         self.release_norm()
-        self._zero_buffers()
-
-    def _zero_buffers(self) -> None:
-        # We always accumulate (see arm), so every window must begin at zero.
-        self.optimizer.grad_partitions_flat_buffer.zero_()
-        if self.optimizer.offload_optimizer:
-            for partition in self.optimizer.fp32_partitioned_groups_flat:
-                if partition.grad is not None:
-                    partition.grad.zero_()
+        self._filled.clear()
+        self._armed = False
 
 
 def gradients_of(engine: Any) -> Gradients:

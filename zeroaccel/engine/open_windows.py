@@ -75,7 +75,8 @@ def _flags(stepper: Stepper) -> dict[str, Any]:
 def _gradients(stepper: Stepper) -> dict[str, torch.Tensor]:
     optimizer = stepper.engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return {"flat": optimizer.grad_partitions_flat_buffer}
+        (flat,) = stepper._gradients.accumulated()
+        return {"flat": flat}
     if isinstance(optimizer, BF16_Optimizer):
         return {str(number): flat for number, flat in enumerate(optimizer.fp32_groups_gradients_flat)}
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -106,7 +107,8 @@ def _partitioned(optimizer: Any) -> dict[str, torch.Tensor]:
 def _set_gradients(stepper: Stepper, saved: Mapping[str, torch.Tensor], flags: Mapping[str, Any]) -> None:
     optimizer, device = stepper.engine.optimizer, stepper.engine.device
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        optimizer.grad_partitions_flat_buffer.copy_(saved["flat"])
+        (flat,) = stepper._gradients.accumulated()
+        flat.copy_(saved["flat"])
     elif isinstance(optimizer, BF16_Optimizer):
         for flat, gradient in zip(optimizer.fp32_groups_gradients_flat, saved.values(), strict=True):
             flat.copy_(gradient)
