@@ -90,8 +90,12 @@ class Net(nn.Module):
         self.head_b = nn.Linear(WIDTH, 2)
         self.unused = nn.Linear(3, 3)
 
-    def forward(self, x: torch.Tensor, head: str = "a", recompute: bool = False) -> Any:
+    def forward(self, x: torch.Tensor, head: str = "a", recompute: str = "") -> Any:
         x = x.to(self.trunk.weight.dtype).repeat(1, self.copies) / self.copies**0.5
+        if recompute == "reentrant":
+            return again(self.head_a, again(self.hidden, x))
+        if recompute == "one layer twice":
+            return self.head_a(again(self.hidden, x) + again(self.hidden, -2 * x))
         hidden = checkpoint(self.hidden, x, use_reentrant=False) if recompute else self.hidden(x)
         if head == "both":
             return self.head_a(hidden), self.head_b(hidden)
@@ -99,6 +103,12 @@ class Net(nn.Module):
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.trunk(x)) * self.scale
+
+
+def again(part: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Computes a part of a model again in a backward pass of its own, within the model's."""
+    computed: torch.Tensor = checkpoint(part, x if x.requires_grad else x.requires_grad_(), use_reentrant=True)
+    return computed
 
 
 def make_model(kind: Kind, seed: int = 3, scalar: bool = False) -> Net:

@@ -163,13 +163,28 @@ def a_graph_of_two_engines_used_twice(kind: Kind) -> float:
     return max(one.check(), two.check())
 
 
-def activations_computed_again(kind: Kind) -> float:
+def _computed_again(kind: Kind, recompute: str) -> float:
     loop = Loop(kind)
     for number in range(3):
-        loop.backward(loss_of(loop.model(loop.batch(number), recompute=True)))
+        loop.backward(loss_of(loop.model(loop.batch(number), recompute=recompute)))
+        loop.backward(loop.loss(number + 10, head="b"))
         loop.step()
-        loop.peer.step(loop.peer.loss(number))
+        outputs = [loop.peer.model(loop.peer.batch(number, rank), recompute=recompute) for rank in range(loop.ranks)]
+        loop.peer.step(torch.stack([loss_of(output) for output in outputs]).mean(), loop.peer.loss(number + 10, "b"))
     return loop.check()
+
+
+def activations_computed_again(kind: Kind) -> float:
+    return _computed_again(kind, "not reentrant")
+
+
+def activations_computed_again_reentrantly(kind: Kind) -> float:
+    return _computed_again(kind, "reentrant")
+
+
+def activations_of_one_layer_computed_again_twice(kind: Kind) -> float:
+    """Reentrantly: the layer gets two gradients in one backward pass."""
+    return _computed_again(kind, "one layer twice")
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -180,6 +195,17 @@ def _evaluate(loop: Loop, number: int) -> None:
     with torch.no_grad():
         loop.loss(number)
     loop.model.train()
+
+
+def activations_computed_again_in_segments_of_one_layer(kind: Kind) -> float:
+    loop = Loop(kind)
+    for number in range(3):
+        loop.backward(loss_of(loop.model(loop.batch(number), segments=True)))
+        loop.backward(loop.loss(number + 10, head="b"))
+        loop.step()
+        outputs = [loop.peer.model(loop.peer.batch(number, rank), segments=True) for rank in range(loop.ranks)]
+        loop.peer.step(torch.stack([loss_of(output) for output in outputs]).mean(), loop.peer.loss(number + 10, "b"))
+    return loop.check()
 
 
 def evaluation_between_forward_and_backward(kind: Kind) -> float:
@@ -457,6 +483,8 @@ SITUATIONS: list[Callable[[Kind], float]] = [
     a_trunk_kept_for_a_second_head,
     a_graph_of_two_engines_used_twice,
     activations_computed_again,
+    activations_computed_again_reentrantly,
+    activations_of_one_layer_computed_again_twice,
     evaluation_between_forward_and_backward,
     evaluation_in_an_open_window,
     gradients_are_thrown_away_after_an_exception,
@@ -479,6 +507,8 @@ SITUATIONS: list[Callable[[Kind], float]] = [
 REFUSED: dict[str, Callable[[Kind], bool]] = {
     # DeepSpeed has no hooks there, and fp16 needs its loss scaled.
     "a_plain_loss_backward": lambda kind: kind.stage == 0 or kind.precision == "fp16",
+    # ZeRO reduces a parameter's gradient while the pass runs, and here another one follows.
+    "activations_of_one_layer_computed_again_twice": lambda kind: kind.stage >= 2,
     # ZeRO's averages are final once they were read; `parameter.grad` of stage 0 is not.
     "gradients_edited_and_then_more_is_backwarded": lambda kind: kind.stage > 0,
     # The gradients would have to be read from the disk and written again.

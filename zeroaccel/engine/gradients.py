@@ -114,7 +114,7 @@ class _ZeroGradients(Gradients):
 
     def _keep_order(self) -> None:
         if self.engine.world_size > 1:
-            self._order = ReductionOrder(self.optimizer)
+            self._order = ReductionOrder(self.optimizer, self.engine.module)
 
     def arm(self) -> None:
         super().arm()

@@ -16,16 +16,23 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from zeroaccel.errors import UnsupportedError
+
 
 class ReductionOrder:
     """Stands between the hooks of a sharded optimizer and its reduction.
 
     Args:
         optimizer: DeepSpeed's, of stage 2 or 3.
+        module: whose parameters it trains.
+
+    Raises (from the backward pass, later):
+        UnsupportedError: a parameter gets a second gradient in one pass.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, module: torch.nn.Module) -> None:
         self._optimizer = optimizer
+        self._module = module
         self._stage_3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
         groups = optimizer.fp16_groups if self._stage_3 else optimizer.bit16_groups
         # What DeepSpeed's reduction takes beside the parameter: at stage 2 the number of its group.
@@ -51,9 +58,11 @@ class ReductionOrder:
 
     def _gradient_is_ready(self, parameter: torch.nn.Parameter, *arguments: Any) -> None:
         made_in_pieces = not getattr(parameter, "ds_grad_is_ready", True)  # DeepSpeed's tiled modules
-        if made_in_pieces or parameter in self._handed or self._optimizer._coalesce_grad_reduction:
+        if made_in_pieces or self._optimizer._coalesce_grad_reduction:
             self._reduce(parameter, *arguments)
             return
+        if parameter in self._handed:
+            self._refuse(parameter)
         if parameter in self._ready:
             return
         self._ready[parameter] = None
@@ -63,6 +72,14 @@ class ReductionOrder:
         self._waiting += parameter.grad.numel() if parameter.grad is not None else parameter.numel()
         if self._waiting >= self._optimizer.reduce_bucket_size:
             self._agree(ended=False)
+
+    def _refuse(self, parameter: torch.nn.Parameter) -> None:
+        name = next(name for name, each in self._module.named_parameters() if each is parameter)
+        raise UnsupportedError(
+            f"{name} got a second gradient in one backward pass, as weights do that two reentrant checkpoints use; ZeRO"
+            " stages 2 and 3 reduce one. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), with"
+            " transformers gradient_checkpointing_kwargs={'use_reentrant': False}, or ZeRO stage 1"
+        )
 
     def _hand_over_next(self) -> None:
         assert self._order is not None
