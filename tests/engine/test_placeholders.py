@@ -88,8 +88,8 @@ def _gathered(folder: str) -> None:
         torch.save(state, f"{folder}/{running.process_index}.pt")
     loaded = torch.load(f"{folder}/{running.process_index}.pt", weights_only=True)
     for name, value in models.everything().state_dict().items():
-        assert torch.equal(value, loaded[name]), name
-        assert torch.equal(value, copied.state_dict()[name]), name
+        assert torch.equal(value, loaded[name].cpu()), name
+        assert torch.equal(value, copied.state_dict()[name].cpu()), name
     if not hasattr(copied.hidden.weight, "ds_id"):
         torch.save(copied.state_dict(), f"{folder}/copy_{running.process_index}.pt")
 

@@ -120,7 +120,7 @@ def wide_model(hidden: int) -> torch.nn.Module:
 
 def wide_loss(model: torch.nn.Module, hidden: int, rank: int) -> torch.Tensor:
     x = torch.randn(2, hidden, generator=torch.Generator().manual_seed(rank))
-    return model(x).square().mean()
+    return model(x.to(next(model.parameters()).device)).square().mean()
 
 
 def gradients_on_nvme(hidden: int, nvme_path: str) -> dict[str, torch.Tensor]:
