@@ -112,12 +112,16 @@ class _ZeroGradients(Gradients):
     local = False
     _order: ReductionOrder | None = None  # where ranks reduce during the backward pass
 
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._offloaded = bool(engine.zero_use_cpu_optimizer())
+
     def _keep_order(self) -> None:
         if self.engine.world_size > 1:
             self._order = ReductionOrder(self.optimizer, self.engine.module)
 
     def arm(self) -> None:
-        super().arm()
+        self._set_boundary(False)
         self.optimizer.clear_backward_seen_flag()
         self.optimizer._backward_active_depth = 0
 
@@ -127,7 +131,7 @@ class _ZeroGradients(Gradients):
 
     def _land(self) -> None:
         """Gradients in host memory are there: DeepSpeed copies them from the device without waiting."""
-        if self.engine.zero_use_cpu_optimizer():
+        if self._offloaded:
             get_accelerator().synchronize()
 
     def clear(self) -> None:

@@ -7,7 +7,7 @@ backward pass only accumulates; the first of `clip_grad_norm_`, `clip_grad_value
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -118,7 +118,9 @@ class Stepper:
                     self._admit()
             elif not self._reached and engine.zero_optimization_stage() == 3:
                 let_go_after_backward(engine.optimizer.parameter_offload)
-            return own_reach(gradient * 0 if self._state.filler and gradient is not None else gradient)
+            if not engine._running_engine_backward and gradient is not None and self._state.filler:
+                gradient = gradient * 0
+            return own_reach(gradient)
 
         engine.backward, engine.step = native_backward, native_step
         engine.zero_grad, engine._backward_prologue = zero_grad, prologue
@@ -167,6 +169,7 @@ class Stepper:
                 "this model is stepped natively (model.backward, model.step): accelerator.backward and"
                 " optimizer.step cannot join in"
             )
+        self.window.size = self.steps
         self._admitted = self._reached = False
         self._weighted = weighted
         self._share_of_pass, self._foreign_of_pass = share, foreign_scale
@@ -192,7 +195,6 @@ class Stepper:
 
     def _count_backward(self, scaled: bool, weight: float | None = None) -> None:
         state, window = self._state, self.window
-        window.size = self.steps
         window.backward(state.batches_drawn if state.in_dataloader else None, scaled, weight)
         if not window.inside_context and not state.script_cuts:
             state._mirror_sync_gradients(window.syncs)
@@ -384,8 +386,11 @@ def backward(
     elif divisor > 1:
         loss = loss / divisor
     try:
-        with _keeping_graph(steppers) if retain_graph else nullcontext():
-            reached = run(steppers, loss, retain_graph, scale)
+        if not retain_graph:
+            reached = run(steppers, loss, False, scale)
+        else:
+            with _keeping_graph(steppers):
+                reached = run(steppers, loss, True, scale)
     except BaseException:
         for stepper in steppers:
             stepper._broken |= stepper._reached
@@ -407,7 +412,7 @@ def _begin_one(steppers: Sequence[Stepper], divided: bool, weighted: bool) -> tu
     (stepper,) = steppers
     stepper._begin_backward(weighted)
     stepper._admit()
-    return stepper.steps if divided else 1, 1.0
+    return stepper.window.size if divided else 1, 1.0
 
 
 def _begin_several(steppers: Sequence[Stepper], divided: bool, weighted: bool) -> tuple[int, float]:
