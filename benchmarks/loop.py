@@ -4,7 +4,7 @@ Every block times some steps of each contestant in turn, so that whatever else t
 a contestant's memory lies makes some hundredths; so there are several rounds, each in a process of its own, in which
 the contestants are made in another order, and glibc keeps freed memory: by itself it gives it back or not as it comes,
 and a contestant that gets new pages at every step needs a third more.
-Usage: python benchmarks/loop.py [--stages 0 1 2 3] [--rounds 6] [--blocks 40] [--steps 10] [--hidden 256]
+Usage: python benchmarks/loop.py [--stages 0 1 2 3] [--rounds 12] [--blocks 25] [--steps 10] [--hidden 256]
            [--device cpu|cuda]
 """
 
@@ -124,8 +124,8 @@ def measure(stage: int, arguments: argparse.Namespace, number: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--blocks", type=int, default=25)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -160,7 +160,7 @@ class Stage12Gradients(_ZeroGradients):
             self._keep_order()
             return
         # Else stage 1 leaves this rank's own gradient in `parameter.grad`, where it is taken for the average.
-        self._cast = bool(self.optimizer.use_grad_accum_attribute)
+        self._casts = bool(self.optimizer.use_grad_accum_attribute)  # into another precision
         self.optimizer.use_grad_accum_attribute = True
         self.optimizer.backward_epilogue = self._take_in
         # No backward pass runs when stage 1 reduces; with this set it leaves gradients out that came before.
@@ -168,18 +168,19 @@ class Stage12Gradients(_ZeroGradients):
 
     def arm(self) -> None:
         super().arm()
-        if not self.optimizer.partition_gradients and not self._cast:
+        if not self.optimizer.partition_gradients and not self._casts:
             self.optimizer.use_grad_accum_attribute = False  # which hooks would follow gradient by gradient
 
     def _take_in(self) -> None:
         # At the end of every backward pass.
         self.optimizer.use_grad_accum_attribute = True
+        dtype = self.optimizer.gradient_accumulation_dtype if self._casts else None
         for group in self.optimizer.bit16_groups:
             for parameter in group:
                 if (gradient := parameter.grad) is None:
                     continue
                 if (accumulated := parameter.grad_accum) is None:
-                    parameter.grad_accum = gradient.to(self.optimizer.gradient_accumulation_dtype)
+                    parameter.grad_accum = gradient.to(dtype) if dtype else gradient
                 else:
                     accumulated.add_(gradient)
                 parameter.grad = None
