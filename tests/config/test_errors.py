@@ -167,6 +167,10 @@ ERRORS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         prepared({"stage": 3, "offload_param": {"device": "nvme"}}),
         ("offload_param.device is 'nvme' without nvme_path", "offload_param_nvme_path=..."),
     ),
+    "unmanaged accumulation": (
+        prepared(config={"managed_gradient_accumulation": False}),
+        ("managed_gradient_accumulation is False", "leave it out"),
+    ),
     "clipping": (prepared(config={"gradient_clipping": -1.0}), ("gradient_clipping is -1.0", "0 for no clipping")),
     "both-precisions": (
         prepared(config={"fp16": {"enabled": True}, "bf16": {"enabled": True}}),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.engine import situations_gradients as gradients
 from tests.engine.contestants import NotAvailable
 from tests.engine.loop import Kind, Loop, Wrong, loss_of
-from zeroaccel.errors import ZeroAccelError
+from zeroaccel.errors import UsageError, ZeroAccelError
 
 # --- several losses -----------------------------------------------------------------------------------------------
 
@@ -197,17 +197,6 @@ def _evaluate(loop: Loop, number: int) -> None:
     loop.model.train()
 
 
-def activations_computed_again_in_segments_of_one_layer(kind: Kind) -> float:
-    loop = Loop(kind)
-    for number in range(3):
-        loop.backward(loss_of(loop.model(loop.batch(number), segments=True)))
-        loop.backward(loop.loss(number + 10, head="b"))
-        loop.step()
-        outputs = [loop.peer.model(loop.peer.batch(number, rank), segments=True) for rank in range(loop.ranks)]
-        loop.peer.step(torch.stack([loss_of(output) for output in outputs]).mean(), loop.peer.loss(number + 10, "b"))
-    return loop.check()
-
-
 def evaluation_between_forward_and_backward(kind: Kind) -> float:
     loop = Loop(kind)
     for number in range(3):
@@ -288,6 +277,50 @@ def one_backward_serves_two_engines(kind: Kind) -> float:
         for loop in (one, two):
             loop.peer.step()
     return max(one.check(), two.check())
+
+
+def two_engines_step_after_both_backward_passes(kind: Kind) -> float:
+    """Each pass reaches one of them and passes by the other, whose window is open."""
+    one = Loop(kind, steps=2)
+    two = Loop(kind, steps=2, shared=one, seed=4)
+    for number in range(6):
+        for loop in (one, two):
+            loop.backward(loop.loss(number))
+        for loop in (one, two):
+            loop.step()
+    for loop in (one, two):
+        for number in range(0, 6, 2):
+            loop.peer.step(loop.peer.loss(number) / 2, loop.peer.loss(number + 1) / 2)
+    return max(one.check(), two.check())
+
+
+def an_engine_is_driven_natively_after_another_ones_pass(kind: Kind) -> float:
+    """With `model.backward` and `model.step`, after a pass that came by without reaching it."""
+    if (kind.stage, kind.precision) == (0, "fp16") or kind.offload == "nvme":
+        raise NotAvailable("DeepSpeed's own loop: a scaled loss at stage 0; an unused layer's gradient on NVMe")
+    one = Loop(kind)
+    two = Loop(kind, shared=one, seed=4)
+    one.backward(one.loss(0))
+    one.step()
+    one.peer.step(one.peer.loss(0))
+    for number in range(3):
+        two.model.backward(two.loss(number))
+        two.model.step()
+        two.peer.step(two.peer.loss(number))
+    return max(one.check(), two.check())
+
+
+def a_refused_backward_pass_changes_nothing(kind: Kind) -> float:
+    loop = Loop(kind, needs=("refusal", "weight"))
+    for number in range(3):
+        loop.backward(loop.loss(number))
+        refused = loop.loss(number + 10)
+        try:
+            loop.backward(refused, weight=3)  # beside one without a weight
+        except UsageError:
+            loop.step()
+        loop.peer.step(loop.peer.loss(number))
+    return loop.check()
 
 
 def two_engines_alternate(kind: Kind) -> float:
@@ -490,6 +523,8 @@ SITUATIONS: list[Callable[[Kind], float]] = [
     gradients_are_thrown_away_after_an_exception,
     an_exception_in_the_backward_pass_leaves_no_trace,
     one_backward_serves_two_engines,
+    two_engines_step_after_both_backward_passes,
+    an_engine_is_driven_natively_after_another_ones_pass,
     two_engines_alternate,
     accumulation_with_two_losses,
     a_short_last_window,
@@ -500,6 +535,7 @@ SITUATIONS: list[Callable[[Kind], float]] = [
     the_token_weighted_recipe_of_the_guide,
     a_loss_weighted_in_one_line,
     a_weighted_loss_is_clipped_by_its_true_norm,
+    a_refused_backward_pass_changes_nothing,
     *gradients.SITUATIONS,
 ]
 

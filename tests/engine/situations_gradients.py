@@ -90,6 +90,30 @@ def shards_of_gradients_can_be_read_and_edited(kind: Kind) -> float:
     return loop.check()
 
 
+def padding_of_a_shard_counts_nowhere(kind: Kind) -> float:
+    """What is written behind a parameter's end is not in this step's norm, nor in a later one's."""
+    from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+    if kind.stage != 3:
+        raise NotAvailable("shards of a parameter")
+    loop = Loop(kind, needs=("clip",))
+    for number in range(3):
+        loop.backward(loop.loss(number))
+        loop.peer.backward(loop.peer.loss(number))
+        if number == 0:
+            for parameter in loop.parameters().values():
+                shard = safe_get_local_grad(parameter)
+                behind = (
+                    torch.arange(shard.numel(), device=shard.device) >= parameter.ds_numel - shard.numel() * loop.rank
+                )
+                safe_set_local_grad(parameter, torch.where(behind, 9.0, shard))
+        norm = loop.accelerator.clip_grad_norm_(loop.model.parameters(), 0.1)
+        loop.step()
+        loop.peer.step(clip=0.1)
+        loop.check_norm(norm)
+    return loop.check()
+
+
 def gradients_updated_by_a_function(kind: Kind) -> float:
     """With DeepSpeed's function for stage 3."""
     from deepspeed.utils import safe_update_full_grad_vectorized
@@ -251,6 +275,7 @@ SITUATIONS: list[Callable[[Kind], float]] = [
     clipped_gradients_can_be_read_and_edited,
     gradients_edited_and_then_more_is_backwarded,
     shards_of_gradients_can_be_read_and_edited,
+    padding_of_a_shard_counts_nowhere,
     gradients_updated_by_a_function,
     the_attribute_grad_can_be_read_and_edited,
     reading_in_an_open_window_is_refused,

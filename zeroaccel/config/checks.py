@@ -208,6 +208,9 @@ def values(document: HfDeepSpeedConfig) -> list[Problem]:
     if isinstance(clipping, (int, float)) and clipping < 0:
         told = f"gradient_clipping is {clipping}: use a norm above 0, or 0 for no clipping"
         problems.append(Problem("gradient_clipping", told))
+    if document.get_value("managed_gradient_accumulation") is False:
+        told = "managed_gradient_accumulation is False: optimizer.step() decides here what a window is; leave it out"
+        problems.append(Problem("managed_gradient_accumulation", told))
     if all(document.get_value(f"{name}.enabled") is True for name in ("fp16", "bf16")):
         told = "fp16.enabled and bf16.enabled are both true: enable one of them"
         problems.append(Problem("bf16.enabled", told))
@@ -218,7 +221,6 @@ def values(document: HfDeepSpeedConfig) -> list[Problem]:
 _OFFLOADED = ("cpu", "nvme")
 _DEEPCOMPILE_REFUSES: tuple[tuple[dict[str, tuple[Any, ...]], str], ...] = (
     ({"zero_optimization.stage": (0, None)}, "works at ZeRO stages 1 to 3 only"),
-    ({"managed_gradient_accumulation": (False,)}, "needs DeepSpeed's own accumulation"),
     ({"gradient_allreduce_op": ("sum",)}, "averages gradients itself"),
     ({"compile.autoep_non_moe": (True,)}, "compiles the whole model"),
     (

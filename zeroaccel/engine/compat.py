@@ -32,6 +32,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "get_global_grad_norm",
             "is_gradient_accumulation_boundary",
             "initial_dynamic_scale",
+            "is_deepcompile_active",
             "zero_optimization_partition_gradients",
         ),
     },
@@ -180,7 +181,6 @@ OPTIMIZER_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "offload_optimizer",
             "reduce_bucket_size",
             "sub_group_to_group_id",
-            "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
             "_coalesce_grad_reduction",
             "_is_gradient_accumulation_boundary",
         ),
@@ -189,6 +189,7 @@ OPTIMIZER_ATTRIBUTES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "BF16_Optimizer": (
         (
             "_hp_optimizer_states_linked",
+            "_is_gradient_accumulation_boundary",
             "bf16_groups",
             "clip_grad",
             "fp32_groups_flat_partition",

@@ -74,7 +74,9 @@ def _give_access_to_shards(optimizer: Any, holder: GradientHolder) -> None:
             return
         holder.complete()
         kept, group = optimizer._get_fp32_grad_state_partition(param=param, release_swap_buffers=False)
-        shard = value.flatten().to(kept.device) * holder.loss_scale
+        size, rank = param.partition_numel(), optimizer._get_param_partition_rank(param)
+        real = min(max(param.ds_numel - size * rank, 0), size)  # padding behind it would count in the norm
+        shard = value.flatten()[:real].to(kept.device) * holder.loss_scale
         kept.narrow(0, 0, shard.numel()).copy_(shard)
         if optimizer._swappable_optimizer_subgroup(group):
             optimizer.norm_for_param_grads[optimizer.get_param_id(param)] = kept.double().norm(2)

@@ -1,14 +1,15 @@
 """Where DeepSpeed's optimizers keep a window's gradients, from the first backward pass to the step.
 
 One class for each kind of optimizer, all with the same vocabulary. The protocol: `arm` before every backward pass,
-so that it only accumulates; once a window `reduce`, which averages over the ranks; then the gradients can be read,
-clipped, changed; then the engine's step, and `after_step`.
+so that it only accumulates, and `disarm` where it did not come to this engine; once a window `reduce`, which averages
+over the ranks; then the gradients can be read, clipped, changed; then the engine's step, and `after_step`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -47,10 +48,17 @@ class Gradients:
 
     def arm(self) -> None:
         """Before every backward pass: it shall accumulate, not finish a window."""
-        self._set_boundary(False)
+        self.set_boundary(False)
 
-    def _set_boundary(self, boundary: bool | None) -> None:
-        """What the engine takes for the end of a window; None: it counts by itself."""
+    def disarm(self) -> None:
+        """The pass did not reach this engine: everything is as before."""
+        self.set_boundary(None)
+
+    def let_go(self) -> None:
+        """The script drives the engine by itself from now on: DeepSpeed's own ways are back."""
+
+    def set_boundary(self, boundary: bool | None) -> None:
+        """What the engine takes for the end of a window, None: it counts by itself. Before it nothing is reduced."""
         attributes = self.engine.__dict__  # past Module.__setattr__, which takes as long as all of the counting
         attributes["_is_gradient_accumulation_boundary"] = boundary
         attributes["enable_backward_allreduce"] = self._reduced_in_backward or boundary is not False
@@ -62,7 +70,7 @@ class Gradients:
 
     def reduce(self) -> None:
         """Averages the window's gradients over the ranks; collective, once a window."""
-        self._set_boundary(True)
+        self.set_boundary(True)
         self.engine.allreduce_gradients()
 
     def accumulated(self) -> Iterator[torch.Tensor]:
@@ -105,7 +113,7 @@ class Gradients:
 
     def after_step(self) -> None:
         """After the engine's step, and before the first window: DeepSpeed counts again until the next `arm`."""
-        self._set_boundary(None)
+        self.set_boundary(None)
 
 
 class _ZeroGradients(Gradients):
@@ -121,12 +129,12 @@ class _ZeroGradients(Gradients):
             self._order = ReductionOrder(self.optimizer, self.engine.module)
 
     def arm(self) -> None:
-        self._set_boundary(False)
+        self.set_boundary(False)
         self.optimizer.clear_backward_seen_flag()
         self.optimizer._backward_active_depth = 0
 
-    def _set_boundary(self, boundary: bool | None) -> None:
-        super()._set_boundary(boundary)
+    def set_boundary(self, boundary: bool | None) -> None:
+        super().set_boundary(boundary)
         self.optimizer._is_gradient_accumulation_boundary = bool(boundary)  # its own copy
 
     def _land(self) -> None:
@@ -163,17 +171,34 @@ class Stage12Gradients(_ZeroGradients):
         self._casts = bool(self.optimizer.use_grad_accum_attribute)  # into another precision
         self.optimizer.use_grad_accum_attribute = True
         self.optimizer.backward_epilogue = self._take_in
+        self._holds = False  # gradients of earlier passes lie in `parameter.grad_accum`
         # No backward pass runs when stage 1 reduces; with this set it leaves gradients out that came before.
         self.optimizer.overlap_comm = False
 
     def arm(self) -> None:
         super().arm()
-        if not self.optimizer.partition_gradients and not self._casts:
-            self.optimizer.use_grad_accum_attribute = False  # which hooks would follow gradient by gradient
+        if self.optimizer.partition_gradients or self._casts:
+            return
+        # Autograd adds in place: DeepSpeed's hooks, which see this attribute, would take each gradient by itself.
+        self.optimizer.use_grad_accum_attribute = False
+        if self._holds:
+            for group in self.optimizer.bit16_groups:
+                for parameter in group:
+                    parameter.grad, parameter.grad_accum = parameter.grad_accum, None
+
+    def disarm(self) -> None:
+        super().disarm()
+        if not self.optimizer.partition_gradients:
+            self._take_in()
+
+    def let_go(self) -> None:
+        if not self.optimizer.partition_gradients:
+            self.optimizer.use_grad_accum_attribute = self._casts
+            del self.optimizer.backward_epilogue
 
     def _take_in(self) -> None:
         # At the end of every backward pass.
-        self.optimizer.use_grad_accum_attribute = True
+        self.optimizer.use_grad_accum_attribute = self._holds = True
         dtype = self.optimizer.gradient_accumulation_dtype if self._casts else None
         for group in self.optimizer.bit16_groups:
             for parameter in group:
@@ -189,8 +214,9 @@ class Stage12Gradients(_ZeroGradients):
         if not self.optimizer.partition_gradients:
             self._fill_missing()
             super().reduce()
+            self._land()
             return
-        self._set_boundary(True)
+        self.set_boundary(True)
         self.optimizer.finalize_gradient_accumulation_boundary()
         self._land()
 
@@ -269,6 +295,7 @@ class Stage12Gradients(_ZeroGradients):
     def after_step(self) -> None:
         super().after_step()
         self.release_norm()
+        self._holds = False
         if self.optimizer.cpu_offload:
             self._zero_offloaded()
 
@@ -309,39 +336,42 @@ class Stage3Gradients(_ZeroGradients):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self._counted: list[Any] = []
-        self._all = {parameter.ds_id for group in self.optimizer.fp16_groups for parameter in group}
-        self._filled: set[int] = set()  # whose buffers hold gradients of this window; in the others are old ones
-        self._armed = False
+        parameters = [parameter for group in self.optimizer.fp16_groups for parameter in group]
+        ends = list(accumulate(parameter.partition_numel() for parameter in parameters))
+        # Where each one's gradient begins and ends in the flat buffer.
+        self._places = {each.ds_id: place for each, place in zip(parameters, pairwise([0, *ends]), strict=True)}
+        self._filled: set[int] = set()  # whose gradients there are of this window; the others are old
         self._partition = self.optimizer.partition_grads
         self.optimizer.partition_grads = self._copy_or_add
         self._keep_order()
 
-    def arm(self) -> None:
-        super().arm()
-        self._armed = True
+    def let_go(self) -> None:
+        del self.optimizer.partition_grads
+        self.optimizer.micro_step_id = 0
 
     def _copy_or_add(self, parameters: list[Any], gradients: list[torch.Tensor]) -> Any:
         """The first gradient of a window is copied into a parameter's buffer, the others are added.
 
         DeepSpeed copies in the first pass and adds in later ones: wrong once two losses touch different parameters.
         """
-        if self._armed:
-            numbers = [parameter.ds_id for parameter in parameters]
-            copies = self._filled.isdisjoint(numbers) and len(set(numbers)) == len(numbers)
-            if not copies:
-                self._zero(set(numbers) - self._filled)
-            self._filled.update(numbers)
-            self.optimizer.micro_step_id = 0 if copies else 1
+        numbers = {parameter.ds_id for parameter in parameters}
+        copies = self._filled.isdisjoint(numbers)
+        if not copies:
+            self._zero(numbers - self._filled)
+        self._filled |= numbers
+        self.optimizer.micro_step_id = 0 if copies else 1
         return self._partition(parameters, gradients)
 
     def _zero(self, numbers: set[int]) -> None:
-        buffers = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        for number in numbers:
-            buffers[number].zero_()
+        for begin, end in (self._places[number] for number in numbers):
+            self.optimizer.grad_partitions_flat_buffer[begin:end].zero_()
 
     def _fill_missing(self) -> None:
-        self._zero(self._all - self._filled)
-        self._filled |= self._all
+        missing = self._places.keys() - self._filled
+        if missing and not self.engine.is_deepcompile_active():  # whose graph fills them without a call
+            self._zero(missing)
+            self._filled |= missing
+            get_accelerator().synchronize()  # the step looks for overflows on another stream
 
     @contextmanager
     def keeping_graph(self) -> Iterator[None]:
@@ -354,10 +384,10 @@ class Stage3Gradients(_ZeroGradients):
             module.__dict__.update(count)
 
     def reduce(self) -> None:
-        self._set_boundary(True)
+        self.set_boundary(True)
         self._fill_missing()
         if self.optimizer.offload_optimizer:
-            self.optimizer._offload_boundary_param_ids = set(self._all)  # those that no pass touched, too, as zeros
+            self.optimizer._offload_boundary_param_ids = set(self._places)  # those that no pass touched, too, as zeros
         self.optimizer.finalize_gradient_accumulation_boundary()
         self._land()
 
@@ -417,7 +447,8 @@ class Stage3Gradients(_ZeroGradients):
             self._counted.pop().applied_pre_backward_ref_cnt = 0
         self.release_norm()
         self._filled.clear()
-        self._armed = False
+        if self.engine.is_deepcompile_active():
+            self.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 def gradients_of(engine: Any) -> Gradients:

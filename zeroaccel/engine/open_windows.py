@@ -106,6 +106,8 @@ def _partitioned(optimizer: Any) -> dict[str, torch.Tensor]:
 
 def _set_gradients(stepper: Stepper, saved: Mapping[str, torch.Tensor], flags: Mapping[str, Any]) -> None:
     optimizer, device = stepper.engine.optimizer, stepper.engine.device
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.clear_backward_seen_flag()  # else the next forward pass takes what is restored for an old window's
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         (flat,) = stepper._gradients.accumulated()
         flat.copy_(saved["flat"])

@@ -76,9 +76,10 @@ class ReductionOrder:
     def _refuse(self, parameter: torch.nn.Parameter) -> None:
         name = next(name for name, each in self._module.named_parameters() if each is parameter)
         raise UnsupportedError(
-            f"{name} got a second gradient in one backward pass, as weights do that two reentrant checkpoints use; ZeRO"
-            " stages 2 and 3 reduce one. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), with"
-            " transformers gradient_checkpointing_kwargs={'use_reentrant': False}, or ZeRO stage 1"
+            f"{name} got a second gradient in one backward pass, as weights do that two reentrant checkpoints use, and"
+            " those of a class in transformer_moe_cls_names that runs twice; ZeRO stages 2 and 3 reduce one. Use"
+            " torch.utils.checkpoint.checkpoint(..., use_reentrant=False), with transformers"
+            " gradient_checkpointing_kwargs={'use_reentrant': False}, or ZeRO stage 1"
         )
 
     def _hand_over_next(self) -> None:

@@ -6,7 +6,7 @@ backward pass only accumulates; the first of `clip_grad_norm_`, `clip_grad_value
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any
@@ -136,12 +136,16 @@ class Stepper:
         return any(map(_REQUIRES_GRAD, self._parameters))
 
     def _enter_native(self) -> None:
+        if self._broken:
+            raise UsageError(_BROKEN)
         if self.window.micro_batches:
             raise UsageError(
                 "model.backward()/model.step() and accelerator.backward()/optimizer.step() are mixed in one"
                 " accumulation window: use the one pair or the other"
             )
-        self._native = True
+        if not self._native:
+            self._native = True
+            self._gradients.let_go()
 
     def _enter_torch_backward(self) -> None:
         if self._native:
@@ -175,6 +179,11 @@ class Stepper:
         self._share_of_pass, self._foreign_of_pass = share, foreign_scale
         if not self._final:
             self._gradients.arm()
+
+    def _pass_by(self) -> None:
+        """The pass is over, or was refused, and did not reach this engine."""
+        if not self._native and not self._final:
+            self._gradients.disarm()
 
     def _admit(self) -> None:
         """The pass reaches this engine."""
@@ -329,6 +338,7 @@ class Stepper:
             return
         if self._edited:
             self._refresh_norms()
+        self._gradients.set_boundary(True)  # a pass that did not come here may have taken it away
         DeepSpeedEngine.step(self.engine)
         self.step_was_skipped = not self.engine.was_step_applied()
         if self.step_was_skipped and not self.engine.dynamic_loss_scale():
@@ -377,26 +387,39 @@ def backward(
             window and of all ranks, and nothing is divided by the gradient accumulation steps.
     """
     begin, run = (_begin_one, _backward_one) if len(steppers) == 1 else (_begin_several, _backward_several)
-    divisor, scale = begin(steppers, scale_wrt_gas and weight is None, weight is not None)
-    if steppers[0]._state.filler:  # this rank has no batch any more, but the others need it
-        loss, weight = loss * 0, None if weight is None else 0
-    relative = None if weight is None else steppers[0]._weights.relative(weight)
-    if relative is not None:
-        loss = loss * relative
-    elif divisor > 1:
-        loss = loss / divisor
+    try:
+        divisor, scale = begin(steppers, scale_wrt_gas and weight is None, weight is not None)
+        if steppers[0]._state.filler:  # this rank has no batch any more, but the others need it
+            loss, weight = loss * 0, None if weight is None else 0
+        relative = None if weight is None else steppers[0]._weights.relative(weight)
+        if relative is not None:
+            loss = loss * relative
+        elif divisor > 1:
+            loss = loss / divisor
+        for stepper in _run_pass(run, steppers, loss, retain_graph, scale):
+            stepper._count_backward(scale_wrt_gas, relative)
+    finally:
+        for stepper in steppers:
+            if not stepper._reached:
+                stepper._pass_by()
+
+
+def _run_pass(
+    run: Callable[..., Sequence[Stepper]],
+    steppers: Sequence[Stepper],
+    loss: torch.Tensor,
+    retain_graph: bool,
+    scale: float,
+) -> Sequence[Stepper]:
     try:
         if not retain_graph:
-            reached = run(steppers, loss, False, scale)
-        else:
-            with _keeping_graph(steppers):
-                reached = run(steppers, loss, True, scale)
+            return run(steppers, loss, False, scale)
+        with _keeping_graph(steppers):
+            return run(steppers, loss, True, scale)
     except BaseException:
         for stepper in steppers:
             stepper._broken |= stepper._reached
         raise
-    for stepper in reached:
-        stepper._count_backward(scale_wrt_gas, relative)
 
 
 @contextmanager
