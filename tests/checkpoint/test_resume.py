@@ -122,6 +122,12 @@ def test_an_open_accumulation_window_goes_on(pools: Pools, run: Run, tmp_path: P
     assert {name: ratio for name, ratio in found.items() if ratio > 1} == {}
 
 
+@pytest.mark.parametrize("run", [Run(stage, accumulation=2) for stage in STAGES], ids=str)
+def test_an_open_window_goes_on_in_a_run_that_has_stepped(pools: Pools, run: Run, tmp_path: Path) -> None:
+    found = differences(pools, run, [run], tmp_path, used=True)
+    assert {name: ratio for name, ratio in found.items() if ratio > 1} == {}
+
+
 def test_an_open_window_of_another_kind_of_run_is_refused(pools: Pools, tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoint")
     pools[2].run(resume.save_and_go_on, run=Run(2, accumulation=2), folder=folder)
