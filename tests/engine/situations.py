@@ -107,6 +107,21 @@ def a_plain_loss_backward(kind: Kind) -> float:
     return loop.check()
 
 
+def a_plain_loss_backward_through_two_forwards(kind: Kind) -> float:
+    loop = Loop(kind, steps=2, needs=("refusal",))
+    for number in range(4):
+        (loop.loss(number) * loop.loss(number + 10)).backward()
+        loop.step()
+    model, batch, ranks = loop.peer.model, loop.peer.batch, range(loop.ranks)
+
+    def product(number: int, rank: int) -> torch.Tensor:
+        return loss_of(model(batch(number, rank))) * loss_of(model(batch(number + 10, rank)))
+
+    for window in ((0, 1), (2, 3)):
+        loop.peer.step(*(torch.stack([product(number, rank) for rank in ranks]).mean() / 2 for number in window))
+    return loop.check()
+
+
 def a_parameter_without_dimensions(kind: Kind) -> float:
     loop = Loop(kind, scalar=True)
     for number in range(3):
@@ -294,10 +309,29 @@ def two_engines_step_after_both_backward_passes(kind: Kind) -> float:
     return max(one.check(), two.check())
 
 
-def an_engine_is_driven_natively_after_another_ones_pass(kind: Kind) -> float:
-    """With `model.backward` and `model.step`, after a pass that came by without reaching it."""
+def _demand_native(kind: Kind) -> None:
     if (kind.stage, kind.precision) == (0, "fp16") or kind.offload == "nvme":
         raise NotAvailable("DeepSpeed's own loop: a scaled loss at stage 0; an unused layer's gradient on NVMe")
+
+
+def an_engine_is_driven_natively_after_a_window(kind: Kind) -> float:
+    _demand_native(kind)
+    loop = Loop(kind, steps=2, needs=("refusal",))
+    for number in range(4):
+        if number < 2:
+            loop.backward(loop.loss(number))
+            loop.step()
+        else:
+            loop.model.backward(loop.loss(number))
+            loop.model.step()
+    for number in (0, 2):
+        loop.peer.step(loop.peer.loss(number) / 2, loop.peer.loss(number + 1) / 2)
+    return loop.check()
+
+
+def an_engine_is_driven_natively_after_another_ones_pass(kind: Kind) -> float:
+    """With `model.backward` and `model.step`, after a pass that came by without reaching it."""
+    _demand_native(kind)
     one = Loop(kind)
     two = Loop(kind, shared=one, seed=4)
     one.backward(one.loss(0))
@@ -511,6 +545,7 @@ SITUATIONS: list[Callable[[Kind], float]] = [
     losses_of_two_heads,
     a_head_used_on_alternate_steps,
     a_plain_loss_backward,
+    a_plain_loss_backward_through_two_forwards,
     a_parameter_without_dimensions,
     a_graph_used_twice,
     a_trunk_kept_for_a_second_head,
@@ -524,6 +559,7 @@ SITUATIONS: list[Callable[[Kind], float]] = [
     an_exception_in_the_backward_pass_leaves_no_trace,
     one_backward_serves_two_engines,
     two_engines_step_after_both_backward_passes,
+    an_engine_is_driven_natively_after_a_window,
     an_engine_is_driven_natively_after_another_ones_pass,
     two_engines_alternate,
     accumulation_with_two_losses,
@@ -543,6 +579,7 @@ SITUATIONS: list[Callable[[Kind], float]] = [
 REFUSED: dict[str, Callable[[Kind], bool]] = {
     # DeepSpeed has no hooks there, and fp16 needs its loss scaled.
     "a_plain_loss_backward": lambda kind: kind.stage == 0 or kind.precision == "fp16",
+    "a_plain_loss_backward_through_two_forwards": lambda kind: kind.stage == 0 or kind.precision == "fp16",
     # ZeRO reduces a parameter's gradient while the pass runs, and here another one follows.
     "activations_of_one_layer_computed_again_twice": lambda kind: kind.stage >= 2,
     # ZeRO's averages are final once they were read; `parameter.grad` of stage 0 is not.

@@ -130,6 +130,7 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 ENGINE_ATTRIBUTES = (
     "basic_optimizer",
     "enable_backward_allreduce",
+    "micro_steps",
     "mpu",
     "pipeline_parallelism",
     "_config",

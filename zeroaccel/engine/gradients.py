@@ -184,7 +184,11 @@ class Stage12Gradients(_ZeroGradients):
         if self._holds:
             for group in self.optimizer.bit16_groups:
                 for parameter in group:
-                    parameter.grad, parameter.grad_accum = parameter.grad_accum, None
+                    if (held := parameter.grad_accum) is None:
+                        continue  # a plain loss.backward() arms once for each forward pass that it runs through
+                    if parameter.grad is not None:
+                        held.add_(parameter.grad)
+                    parameter.grad, parameter.grad_accum = held, None
 
     def disarm(self) -> None:
         super().disarm()
@@ -346,7 +350,7 @@ class Stage3Gradients(_ZeroGradients):
         self._keep_order()
 
     def let_go(self) -> None:
-        del self.optimizer.partition_grads
+        self.optimizer.partition_grads = self._partition
         self.optimizer.micro_step_id = 0
 
     def _copy_or_add(self, parameters: list[Any], gradients: list[torch.Tensor]) -> Any:

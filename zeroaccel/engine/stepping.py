@@ -146,6 +146,8 @@ class Stepper:
         if not self._native:
             self._native = True
             self._gradients.let_go()
+            if self.window.steps_called:  # DeepSpeed counted our windows as micro-batches: its own begins anew
+                self.engine.micro_steps += -self.engine.micro_steps % self.steps
 
     def _enter_torch_backward(self) -> None:
         if self._native:
@@ -155,7 +157,11 @@ class Stepper:
         if self._gradients.loss_scale != 1.0:
             raise UsageError("fp16 needs its loss scaled: call accelerator.backward(loss) instead of loss.backward()")
         self._begin_backward()
-        self._admit()
+        try:
+            self._admit()
+        except UsageError:
+            self._pass_by()
+            raise
         self._count_backward(scaled=True)  # DeepSpeed divides the gradient of such a pass
 
     # --- backward -----------------------------------------------------------------------------------------------
