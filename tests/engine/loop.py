@@ -107,7 +107,7 @@ class Net(nn.Module):
 
 def again(part: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Computes a part of a model again in a backward pass of its own, within the model's."""
-    computed: torch.Tensor = checkpoint(part, x if x.requires_grad else x.requires_grad_(), use_reentrant=True)
+    computed: torch.Tensor = checkpoint(part, x.requires_grad_(), use_reentrant=True)
     return computed
 
 

@@ -69,14 +69,19 @@ def _give_access_to_shards(optimizer: Any, holder: GradientHolder) -> None:
 
         return get
 
+    def own_place(param: Any) -> slice:
+        """What this rank has of the flattened parameter; padding behind its end would count in the norm."""
+        size = param.partition_numel()
+        begin = min(size * optimizer._get_param_partition_rank(param), param.ds_numel)
+        return slice(begin, min(begin + size, param.ds_numel))
+
     def put_shard(value: torch.Tensor, param: Any) -> None:
         if not param.requires_grad:
             return
         holder.complete()
         kept, group = optimizer._get_fp32_grad_state_partition(param=param, release_swap_buffers=False)
-        size, rank = param.partition_numel(), optimizer._get_param_partition_rank(param)
-        real = min(max(param.ds_numel - size * rank, 0), size)  # padding behind it would count in the norm
-        shard = value.flatten()[:real].to(kept.device) * holder.loss_scale
+        place = own_place(param)
+        shard = value.flatten()[: place.stop - place.start].to(kept.device) * holder.loss_scale
         kept.narrow(0, 0, shard.numel()).copy_(shard)
         if optimizer._swappable_optimizer_subgroup(group):
             optimizer.norm_for_param_grads[optimizer.get_param_id(param)] = kept.double().norm(2)
@@ -85,8 +90,7 @@ def _give_access_to_shards(optimizer: Any, holder: GradientHolder) -> None:
 
     def put(value: torch.Tensor, param: Any) -> None:
         # Not DeepSpeed's own: that one fails where the ranks do not divide the parameter.
-        size, rank = param.partition_numel(), optimizer._get_param_partition_rank(param)
-        put_shard(value.flatten()[size * rank : size * (rank + 1)], param)
+        put_shard(value.flatten()[own_place(param)], param)
 
     def update(update_func: Callable[[torch.Tensor, Any], torch.Tensor], param_list: list[Any]) -> None:
         for param in param_list:

@@ -164,20 +164,23 @@ class Stage12Gradients(_ZeroGradients):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
+        self._takes_in = False
         if self.optimizer.partition_gradients:
             self._keep_order()
             return
-        # Else stage 1 leaves this rank's own gradient in `parameter.grad`, where it is taken for the average.
-        self._casts = bool(self.optimizer.use_grad_accum_attribute)  # into another precision
-        self.optimizer.use_grad_accum_attribute = True
-        self.optimizer.backward_epilogue = self._take_in
+        # Else stage 1 leaves this rank's own gradient in `parameter.grad`, where it is taken for the average. Where it
+        # accumulates in another precision, DeepSpeed takes each one away by itself.
+        self._takes_in = not self.optimizer.use_grad_accum_attribute
         self._holds = False  # gradients of earlier passes lie in `parameter.grad_accum`
+        if self._takes_in:
+            self.optimizer.use_grad_accum_attribute = True
+            self.optimizer.backward_epilogue = self._take_in
         # No backward pass runs when stage 1 reduces; with this set it leaves gradients out that came before.
         self.optimizer.overlap_comm = False
 
     def arm(self) -> None:
         super().arm()
-        if self.optimizer.partition_gradients or self._casts:
+        if not self._takes_in:
             return
         # Autograd adds in place: DeepSpeed's hooks, which see this attribute, would take each gradient by itself.
         self.optimizer.use_grad_accum_attribute = False
@@ -192,24 +195,23 @@ class Stage12Gradients(_ZeroGradients):
 
     def disarm(self) -> None:
         super().disarm()
-        if not self.optimizer.partition_gradients:
+        if self._takes_in:
             self._take_in()
 
     def let_go(self) -> None:
-        if not self.optimizer.partition_gradients:
-            self.optimizer.use_grad_accum_attribute = self._casts
+        if self._takes_in:
+            self.optimizer.use_grad_accum_attribute = False
             del self.optimizer.backward_epilogue
 
     def _take_in(self) -> None:
         # At the end of every backward pass.
         self.optimizer.use_grad_accum_attribute = self._holds = True
-        dtype = self.optimizer.gradient_accumulation_dtype if self._casts else None
         for group in self.optimizer.bit16_groups:
             for parameter in group:
                 if (gradient := parameter.grad) is None:
                     continue
                 if (accumulated := parameter.grad_accum) is None:
-                    parameter.grad_accum = gradient.to(dtype) if dtype else gradient
+                    parameter.grad_accum = gradient
                 else:
                     accumulated.add_(gradient)
                 parameter.grad = None
