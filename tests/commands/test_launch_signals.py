@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from tests.commands.runs import SCRIPTS, ZEROACCEL_LAUNCH, Ended, ended, is_alive, started, wait_until
+from zeroaccel.commands import launch_failures
+from zeroaccel.commands.launch_signals import Ending
 
 ON_TWO = (*ZEROACCEL_LAUNCH, "--cpu", "--num_processes", "2")
 FAIL = str(SCRIPTS / "fail.py")
@@ -155,3 +157,17 @@ def test_ctrl_c_at_any_moment_of_the_start_leaves_nobody_behind(seconds: float, 
     assert result.status == 130, result.err
     assert not alive
     assert "Traceback" not in result.err
+
+
+def test_a_signal_is_no_failure_whatever_it_interrupts(tmp_path: Path) -> None:
+    ending = Ending(str(tmp_path))
+
+    def start_that_fails_in_its_clean_up() -> None:
+        try:
+            ending.handle(signal.SIGTERM, None)
+        finally:
+            raise UnboundLocalError("the metric's start")
+
+    assert launch_failures.run_ranks(start_that_fails_in_its_clean_up, ending) == {}
+    with pytest.raises(UnboundLocalError):
+        launch_failures.run_ranks(start_that_fails_in_its_clean_up, Ending(str(tmp_path)))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from zeroaccel.commands import launch_memory, launch_signals
@@ -69,7 +68,7 @@ def supervise(start: Callable[[], object], job: ElasticJob, log_dir: str) -> int
     """
     before, since, ending = Memory.read(), time.time(), launch_signals.Ending(log_dir)
     with ending.handled():
-        failures = _run(start)
+        failures = run_ranks(start, ending)
         ending.run_has_ended()
         if failures or ending.signal is not None:
             launch_signals.end_groups(ending.ranks | {failure.pid for failure in failures.values()})
@@ -84,14 +83,16 @@ def supervise(start: Callable[[], object], job: ElasticJob, log_dir: str) -> int
     return first.status
 
 
-def _run(start: Callable[[], object]) -> dict[int, ProcessFailure]:
+def run_ranks(start: Callable[[], object], ending: launch_signals.Ending) -> dict[int, ProcessFailure]:
     """What torch's launcher saw of the ranks that failed; a signal to it is no failure of theirs."""
     try:
         start()
-    except SignalException:
-        return {}
     except ChildFailedError as error:
         return error.failures
+    except Exception:
+        if ending.signal is None:
+            raise
+        # It was interrupted just anywhere, and so can have failed in a clean-up of its own.
     return {}
 
 

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,8 @@ def meet_apart(state: PartialState, name: str, outline: str, remedy: str) -> Non
     try:
         _sign(state, number)
         absent = _absent_apart(state, number)
+        if absent:
+            _wait_for_readers(state, number, absent)
     except RuntimeError as problem:
         raise DistributedError(f"{name}: {_fell_apart(state, time.monotonic() - begin)}") from problem
     if absent:
@@ -203,6 +206,7 @@ def _roll_call(state: PartialState, number: int, name: str, waited: float, probl
     try:
         _sign(state, number)
         absent = _absent(state, number, PATIENCE + 1)  # one that came a moment ago still has its patience
+        _wait_for_readers(state, number, absent)
     except RuntimeError:  # the store lives in the launcher, or in rank 0
         return f"{name}: {_fell_apart(state, waited)}"
     if not absent:
@@ -232,3 +236,14 @@ def _absent(state: PartialState, number: int, seconds: float) -> list[int]:
             break
         time.sleep(0.01)
     return absent
+
+
+def _wait_for_readers(state: PartialState, number: int, absent: list[int]) -> None:
+    """Keeps rank 0, in which the store may live, until the others that came know who is missing, too."""
+    key, end = f"zeroaccel/read/{number}", time.monotonic() + PATIENCE + 1
+    present = state.num_processes - len(absent)
+    with suppress(RuntimeError):  # the store is gone: with rank 0, which has waited, or with the launcher
+        readers = _store().add(key, 1)
+        while state.process_index == 0 and readers < present and time.monotonic() < end:
+            time.sleep(0.01)
+            readers = _store().add(key, 0)
