@@ -62,7 +62,6 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ConfigError,
         "gradient_accumulation_steps=-2: write a whole number",
     ),
-    ("trackers", {"log_with": "tensorboard"}, UnsupportedError, "log_with='tensorboard': experiment trackers are not"),
     ("no plugin", {"deepspeed_plugin": {"zero_stage": 2}}, TypeError, "must be a DeepSpeedPlugin, got int"),
     ("fsdp", {"fsdp_plugin": object()}, UnsupportedError, "fsdp_plugin: this library trains with DeepSpeed ZeRO only"),
     ("no handler", {"kwargs_handlers": [1]}, TypeError, "takes KwargsHandler objects, got int"),

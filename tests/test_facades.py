@@ -25,7 +25,6 @@ ABSENT_MODULES = {
     "local_sgd": "local SGD averages weights, ZeRO splits them",
     "parallelism_config": "other kinds of parallelism",
     "test_utils.examples": "for Accelerate's own examples",
-    "tracking": "later: experiment trackers",
     "utils.ao": "8-bit floats through torchao",
     "utils.bnb": "quantization with bitsandbytes",
     "utils.fsdp_utils": "FSDP",
@@ -57,7 +56,6 @@ ABSENT = {
     "later: compilation": "compile_regions compile_regions_deepspeed has_repeated_blocks is_repeated_blocks",
     "the launcher pins ranks to cores: --enable_cpu_affinity": """
         CPUInformation get_cpu_distributed_information override_numa_affinity set_numa_affinity""",
-    "later: experiment trackers": "LOGGER_TYPE_TO_CLASS",
     "later: sequence parallelism": "BETA_SP_AVAILABLE_DEEPSPEED_VERSION DeepSpeedSequenceParallelConfig",
     "inside of Accelerate's launcher": """
         env_var_path_add prepare_deepspeed_cmd_env prepare_extend_env_parallelism_config prepare_multi_gpu_env
@@ -129,6 +127,12 @@ DIFFERENT = {
         "AcceleratorState(parallelism_config)",
         "AcceleratorState(torch_tp_plugin)",
     ],
+    "takes anything in Accelerate, whose decorator hides the parameters": [
+        "Accelerator.init_trackers(project_name)",
+        "Accelerator.init_trackers(self)",
+        "Accelerator.log(self)",
+        "Accelerator.log(values)",
+    ],
     "of Accelerate's own communication hooks": ["DistributedDataParallelKwargs.to_dict(ignore_keys)"],
     "no plugin is called None": ["AcceleratorState.select_deepspeed_plugin(name)"],
     "no line without points": ["RegressionModel.forward(x)"],
@@ -168,8 +172,9 @@ def _public_names(path: str) -> dict[str, Any]:
             return owner == origin or (hasattr(module, "__path__") and owner.startswith("accelerate"))
         return isinstance(value, (str, int, float, list, tuple, dict)) and not isinstance(value, bool)
 
-    # Constants do not say where they come from: what the module of constants has, others have taken from there.
-    constants = {} if hasattr(module, "__path__") or path == "utils.constants" else vars(accelerate.utils.constants)
+    # Constants do not say where they come from: what these modules have, others have taken from there.
+    homes = [home for home in ("utils.constants", "tracking") if home != path and not hasattr(module, "__path__")]
+    constants = {name for home in homes for name in vars(_module("accelerate", home))}
     return {
         name: value
         for name, value in vars(module).items()

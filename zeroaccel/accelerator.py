@@ -46,6 +46,8 @@ from zeroaccel.engine.unwrap import extract_model_from_parallel
 from zeroaccel.engine.wrapper import DeepSpeedEngineWrapper
 from zeroaccel.errors import ConfigError, ConfigTypeError, UnsupportedError
 from zeroaccel.state import AcceleratorState, GradientState, PartialState
+from zeroaccel.tracking import running
+from zeroaccel.tracking.register import filter_trackers
 
 if TYPE_CHECKING:
     from zeroaccel.config.facts import ResolvedConfig
@@ -159,7 +161,8 @@ class Accelerator:
         dataloader_config: how loaders are sharded.
         deepspeed_plugin, deepspeed_plugins: a plugin, or several by name.
         rng_types: generators kept in step over the ranks; default `["generator"]`.
-        log_with: experiment trackers; none are there yet.
+        log_with: experiment trackers: names such as "tensorboard", "wandb", "all" for those that are installed, or
+            `GeneralTracker` objects.
         project_dir, project_config: where checkpoints and logs go.
         gradient_accumulation_plugin: accumulation with its finer options.
         step_scheduler_with_optimizer: False steps a scheduler at every call.
@@ -201,8 +204,6 @@ class Accelerator:
             megatron_lm_plugin=megatron_lm_plugin,
             parallelism_config=parallelism_config,
         )
-        if log_with is not None:
-            raise UnsupportedError(f"log_with={log_with!r}: experiment trackers are not there yet, leave it out")
         self._read_project(project_dir, project_config)
         self._read_handlers(kwargs_handlers)
         plugins, implicit = _choose_plugins(_check_plugins(deepspeed_plugin, deepspeed_plugins))
@@ -218,6 +219,8 @@ class Accelerator:
             self.dataloader_config.split_batches = True
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         self.rng_types = ["generator"] if rng_types is None else rng_types
+        self.log_with = filter_trackers(log_with, self.logging_dir)
+        self.trackers: list[Any] = []
         self._reset_loop()
         self._backend = make_backend(self._setup(typed, implicit), self.state, self.gradient_state)
         self._checkpoints = Checkpoints(self.project_configuration)
@@ -263,7 +266,6 @@ class Accelerator:
         self.step = 0
         self.deepspeed_engine_wrapped: DeepSpeedEngineWrapper | None = None  # the first engine that trains
         self.flag_tensor: torch.Tensor | None = None
-        self.trackers: list[Any] = []
         self._models: list[Any] = []
         self._optimizers: list[Any] = []
         self._schedulers: list[Any] = []
@@ -797,6 +799,51 @@ class Accelerator:
         export.refuse_placeholders(obj, self._models)
         files.save(obj, f, self.project_configuration.save_on_each_node, safe_serialization)
 
+    # --- trackers -----------------------------------------------------------------------------------------------
+
+    def init_trackers(
+        self,
+        project_name: str,
+        config: dict[str, Any] | None = None,
+        init_kwargs: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Starts the trackers of `log_with`, on rank 0.
+
+        Args:
+            project_name: what each tool calls a project, an experiment or a run.
+            config: hyperparameters to note.
+            init_kwargs: further arguments by tracker: `{"wandb": {"tags": ["first"]}}`.
+        """
+        self.trackers = running.start(self.log_with, self.logging_dir, project_name, config, init_kwargs or {})
+
+    def log(
+        self, values: dict[str, Any], step: int | None = None, log_kwargs: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        """Notes values in all trackers, from rank 0.
+
+        Args:
+            values: by name; numbers, texts, and what else a tracker takes.
+            step: number of the step that they belong to.
+            log_kwargs: further arguments by tracker.
+        """
+        for tracker in self.trackers:
+            tracker.log(values, step=step, **(log_kwargs or {}).get(tracker.name, {}))
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """One of the running trackers.
+
+        Args:
+            name: such as "wandb".
+            unwrap: the tool's own run object instead.
+
+        Returns:
+            On ranks that do not track, a tracker that does nothing.
+
+        Raises:
+            ConfigError: none has this name.
+        """
+        return running.find(self.trackers, name, unwrap)
+
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def register_for_checkpointing(self, *objects: Any) -> None:
@@ -932,8 +979,7 @@ class Accelerator:
     def end_training(self) -> None:
         """The last call of a script: ends trackers and the process group."""
         for tracker in self.trackers:
-            with contextlib.suppress(AttributeError):
-                tracker.finish()
+            tracker.finish()
         PartialState().destroy_process_group()
 
     def __deepcopy__(self, memo: Any) -> Accelerator:

@@ -88,6 +88,11 @@ def flag(name: str, default: bool = False) -> bool:
     return parse_bool(setting.value, setting.variable)
 
 
+def of_another_tool(variable: str) -> str | None:
+    """A variable that another tool defined, by its full name. An empty one counts as not set."""
+    return os.environ.get(variable) or None
+
+
 def parse_bool(value: str, origin: str) -> bool:
     """True or false from what people write: 1, true, yes, on and their opposites."""
     lowered = value.strip().lower()

@@ -1,0 +1,129 @@
+"""ClearML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zeroaccel.config import environment
+from zeroaccel.errors import ConfigError
+from zeroaccel.logging import library_logger
+from zeroaccel.tracking.general import GeneralTracker, on_main_process
+
+logger = library_logger(__name__)
+
+_SERIES = ("eval", "test", "train")
+
+
+class ClearMLTracker(GeneralTracker):
+    """A task of ClearML: the current one, which then lives on after `finish()`, else a new one.
+
+    Args:
+        run_name: project and name of a new task, unless `CLEARML_PROJECT` and `CLEARML_TASK` say otherwise.
+        kwargs: for `Task.init`.
+    """
+
+    name = "clearml"
+    requires_logging_directory = False
+
+    def __init__(self, run_name: str | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        self.user_provided_run_name = run_name
+        self.init_kwargs = kwargs
+        self._is_ours = False
+
+    @on_main_process
+    def start(self) -> None:
+        from clearml import Task
+
+        self.task = Task.current_task()
+        if self.task:
+            return
+        self._is_ours = True
+        named = dict(self.init_kwargs)
+        for argument, variable in (("project_name", "CLEARML_PROJECT"), ("task_name", "CLEARML_TASK")):
+            named.setdefault(argument, environment.of_another_tool(variable) or self.user_provided_run_name)
+        self.task = Task.init(**named)
+
+    @property
+    def tracker(self) -> Any:
+        """The `clearml.Task`."""
+        return self.task
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> Any:
+        return self.task.connect_configuration(values)
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Notes numbers: in a chart over the steps, or as single values without a step.
+
+        Args:
+            values: by name; "eval_loss" is series "eval" of chart "loss", and so for "test" and "train".
+            step: number of the step that they belong to.
+            kwargs: for `report_scalar` or `report_single_value`.
+        """
+        clearml_logger = self.task.get_logger()
+        for name, value in values.items():
+            if not isinstance(value, (int, float)):
+                logger.warning("clearml takes numbers, so %r, a %s, is not logged", name, type(value).__name__)
+            elif step is None:
+                clearml_logger.report_single_value(name=name, value=value, **kwargs)
+            else:
+                title, series = _title_and_series(name)
+                clearml_logger.report_scalar(title=title, series=series, value=value, iteration=step, **kwargs)
+
+    @on_main_process
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Notes images.
+
+        Args:
+            values: by name an image as `report_image` takes it.
+            step: number of the step that they belong to.
+            kwargs: for `report_image`.
+        """
+        clearml_logger = self.task.get_logger()
+        for name, image in values.items():
+            title, series = _title_and_series(name)
+            clearml_logger.report_image(title=title, series=series, iteration=step, image=image, **kwargs)
+
+    @on_main_process
+    def log_table(
+        self,
+        table_name: str,
+        columns: list[str] | None = None,
+        data: list[list[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Notes a table.
+
+        Args:
+            table_name: its name.
+            columns, data: names of the columns and rows; or
+            dataframe: both in one, as pandas has it.
+            step: number of the step that it belongs to.
+            kwargs: for `report_table`.
+
+        Raises:
+            ConfigError: neither `data` nor `dataframe`.
+        """
+        table = dataframe
+        if table is None:
+            if data is None:
+                raise ConfigError(f"log_table({table_name!r}) got no table: pass data (rows) or dataframe")
+            table = data if columns is None else [columns, *data]
+        title, series = _title_and_series(table_name)
+        self.task.get_logger().report_table(title=title, series=series, table_plot=table, iteration=step, **kwargs)
+
+    @on_main_process
+    def finish(self) -> None:
+        if self._is_ours:
+            self.task.close()
+
+
+def _title_and_series(name: str) -> tuple[str, str]:
+    for series in _SERIES:
+        if name.startswith(f"{series}_"):
+            return name.removeprefix(f"{series}_"), series
+    return name, "train"

@@ -1,0 +1,97 @@
+"""TensorBoard: event files in a folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zeroaccel.logging import library_logger
+from zeroaccel.tracking.general import GeneralTracker, on_main_process
+
+logger = library_logger(__name__)
+
+
+class TensorBoardTracker(GeneralTracker):
+    """Writes event files to `<logging_dir>/<run_name>`.
+
+    Args:
+        run_name: of the project.
+        logging_dir: root of all logs.
+        kwargs: for `SummaryWriter`.
+    """
+
+    name = "tensorboard"
+    requires_logging_directory = True
+
+    def __init__(self, run_name: str, logging_dir: str | os.PathLike[str], **kwargs: Any) -> None:
+        super().__init__()
+        self.run_name = run_name
+        self.logging_dir = os.path.join(logging_dir, run_name)
+        self.init_kwargs = kwargs
+
+    @on_main_process
+    def start(self) -> None:
+        try:
+            from torch.utils import tensorboard
+        except ImportError:
+            import tensorboardX as tensorboard  # type: ignore[no-redef]
+        self.writer: Any = tensorboard.SummaryWriter(self.logging_dir, **self.init_kwargs)
+
+    @property
+    def tracker(self) -> Any:
+        """The `SummaryWriter`."""
+        return self.writer
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Notes hyperparameters as TensorBoard's, and in `<logging_dir>/<run_name>/<time>/hparams.yml`.
+
+        Raises:
+            ValueError: one of them is not a bool, str, float or int.
+        """
+        self.writer.add_hparams(values, metric_dict={})
+        self.writer.flush()
+        folder = Path(self.logging_dir, str(time.time()))
+        folder.mkdir(parents=True)
+        try:
+            (folder / "hparams.yml").write_text(yaml.safe_dump(values))
+        except yaml.YAMLError as problem:
+            logger.warning("hyperparameters are not in hparams.yml, which takes plain values: %s", problem)
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Notes numbers as scalars, texts as text, dictionaries of numbers as several scalars in one chart.
+
+        Args:
+            values: by name.
+            step: number of the step that they belong to.
+            kwargs: for `add_scalar`, `add_text` or `add_scalars`.
+        """
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, global_step=step, **kwargs)
+            elif isinstance(value, str):
+                self.writer.add_text(name, value, global_step=step, **kwargs)
+            elif isinstance(value, dict):
+                self.writer.add_scalars(name, value, global_step=step, **kwargs)
+        self.writer.flush()
+
+    @on_main_process
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Notes batches of images.
+
+        Args:
+            values: by name arrays as `add_images` takes them, N x H x W x C with `dataformats="NHWC"`.
+            step: number of the step that they belong to.
+            kwargs: for `add_images`.
+        """
+        for name, images in values.items():
+            self.writer.add_images(name, images, global_step=step, **kwargs)
+
+    @on_main_process
+    def finish(self) -> None:
+        self.writer.close()
