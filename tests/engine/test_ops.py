@@ -46,7 +46,6 @@ NEEDED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "NVMe at stage 2 is the CPU": (config("AdamW", 2, offload_optimizer=NVME), ["cpu_adam"]),
     "GPU direct storage": (config(stage=3, offload_param=NVME, aio={"use_gds": True}), ["pin_memory", "gds"]),
     "quantized weights": (config(stage=3, zero_quantized_weights=True), ["quantizer"]),
-    "DeepCompile": (config(compile={"deepcompile": True}), ["dc"]),
     "sections left open": ({"zero_optimization": {"offload_optimizer": None}, "aio": None, "optimizer": None}, []),
 }
 

@@ -214,48 +214,12 @@ def values(document: HfDeepSpeedConfig) -> list[Problem]:
     if all(document.get_value(f"{name}.enabled") is True for name in ("fp16", "bf16")):
         told = "fp16.enabled and bf16.enabled are both true: enable one of them"
         problems.append(Problem("bf16.enabled", told))
-    return problems + deepcompile(document)
-
-
-# What DeepCompile refuses once the model is compiled, or falls back from in silence: dotted keys, and values of them.
-_OFFLOADED = ("cpu", "nvme")
-_DEEPCOMPILE_REFUSES: tuple[tuple[dict[str, tuple[Any, ...]], str], ...] = (
-    ({"zero_optimization.stage": (0, None)}, "works at ZeRO stages 1 to 3 only"),
-    ({"gradient_allreduce_op": ("sum",)}, "averages gradients itself"),
-    ({"compile.autoep_non_moe": (True,)}, "compiles the whole model"),
-    (
-        {"zero_optimization.offload_optimizer.device": _OFFLOADED, "compile.offload_opt_states": (True,)},
-        "can offload optimizer states in one of these ways only",
-    ),
-    (
-        {"compile.offload_activation": (True,), "compile.offload_parameters": (True,)},
-        "offloads one of activations, parameters and optimizer states",
-    ),
-    (
-        {"compile.offload_activation": (True,), "compile.offload_opt_states": (True,)},
-        "offloads one of activations, parameters and optimizer states",
-    ),
-    (
-        {"compile.offload_parameters": (True,), "compile.offload_opt_states": (True,)},
-        "offloads one of activations, parameters and optimizer states",
-    ),
-)
-
-
-def deepcompile(document: HfDeepSpeedConfig) -> list[Problem]:
-    """What does not go with `compile.deepcompile`."""
-    if document.get_value("compile.deepcompile") is not True:
-        return []
-    problems = []
-    for refused, why in _DEEPCOMPILE_REFUSES:
-        found = {key: document.get_value(key) for key in refused}
-        if all(value in refused[key] for key, value in found.items()):
-            given = " and ".join(
-                f"{key} is {'left out' if value is None else repr(value)}" for key, value in found.items()
-            )
-            problems.append(
-                Problem(next(iter(found)), f"compile.deepcompile {why}, but {given}: change that, or leave it out")
-            )
+    if document.get_value("compile.deepcompile") is True:
+        told = (
+            "compile.deepcompile is True: its graphs write gradients where optimizer.step() does not look for them;"
+            " leave it out, Accelerator(dynamo_backend='inductor') compiles too"
+        )
+        problems.append(Problem("compile.deepcompile", told))
     return problems
 
 

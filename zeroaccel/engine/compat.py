@@ -32,7 +32,6 @@ PRIVATE_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
             "get_global_grad_norm",
             "is_gradient_accumulation_boundary",
             "initial_dynamic_scale",
-            "is_deepcompile_active",
             "zero_optimization_partition_gradients",
         ),
     },

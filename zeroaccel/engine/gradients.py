@@ -374,7 +374,7 @@ class Stage3Gradients(_ZeroGradients):
 
     def _fill_missing(self) -> None:
         missing = self._places.keys() - self._filled
-        if missing and not self.engine.is_deepcompile_active():  # whose graph fills them without a call
+        if missing:
             self._zero(missing)
             self._filled |= missing
             get_accelerator().synchronize()  # the step looks for overflows on another stream
@@ -453,8 +453,6 @@ class Stage3Gradients(_ZeroGradients):
             self._counted.pop().applied_pre_backward_ref_cnt = 0
         self.release_norm()
         self._filled.clear()
-        if self.engine.is_deepcompile_active():
-            self.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 def gradients_of(engine: Any) -> Gradients:

@@ -37,7 +37,6 @@ BUILDERS = {
     "async_io": "AsyncIOBuilder",
     "gds": "GDSBuilder",
     "quantizer": "QuantizerBuilder",
-    "dc": "DeepCompileBuilder",
 }
 
 # Optimizer of the config -> its op with the state on the device, and with the state offloaded.
@@ -97,8 +96,6 @@ def needed(config: Mapping[str, Any]) -> list[str]:
         names.append("quantizer")
     if zero.get("zenflow"):
         names.append("cpu_adam")
-    if (config.get("compile") or {}).get("deepcompile"):
-        names.append("dc")
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
