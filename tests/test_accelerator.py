@@ -196,6 +196,19 @@ def test_a_second_accelerator_keeps_the_accumulation() -> None:
         first.gradient_accumulation_steps = 0
 
 
+def test_what_scripts_with_several_strategies_ask_has_answers() -> None:
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.parallelism_config is accelerator.torch_device_mesh is None
+    assert not accelerator.is_fsdp2
+    assert not accelerator.is_composable_parallelism_enabled
+    assert accelerator.fp8_backend == "NO"
+    assert accelerator.should_save_model
+    with accelerator.maybe_context_parallel(buffers=[torch.ones(1)], buffer_seq_dims=[0]):
+        pass
+    with pytest.raises(UnsupportedError, match="LOMO does not go with ZeRO"):
+        accelerator.lomo_backward(torch.ones(1), 0.1)
+
+
 def test_a_block_can_be_profiled(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[ProfileKwargs(output_trace_dir=str(tmp_path / "traces"))])
     with accelerator.profile() as profiler:

@@ -17,20 +17,19 @@ from typing import Any
 import accelerate
 import pytest
 
-# Modules that have no counterpart. A name in them that `accelerate` or `accelerate.utils` shows, too, is in ABSENT.
+from zeroaccel import refused
+from zeroaccel.errors import UnsupportedError
+
+# Modules that have no counterpart. A name in them that `accelerate` or `accelerate.utils` shows is in these.
 ABSENT_MODULES = {
-    "big_modeling": "big model inference",
-    "hooks": "big model inference",
     "inference": "pipeline-parallel inference",
-    "local_sgd": "local SGD averages weights, ZeRO splits them",
-    "parallelism_config": "other kinds of parallelism",
     "test_utils.examples": "for Accelerate's own examples",
     "utils.ao": "8-bit floats through torchao",
     "utils.bnb": "quantization with bitsandbytes",
     "utils.fsdp_utils": "FSDP",
     "utils.megatron_lm": "Megatron-LM",
     "utils.offload": "big model inference",
-    "utils.rich": "later: tracebacks by rich",
+    "utils.rich": "importing it changes how all tracebacks look",
     "utils.torch_xla": "XLA",
     "utils.transformer_engine": "8-bit floats through Transformer Engine",
 }
@@ -41,65 +40,16 @@ NOT_COMPARED = {
     "test_utils.scripts": "Accelerate's test programs",
 }
 
-# Reason -> names.
+# Reason -> names that are not even refused (zeroaccel/refused.py).
 ABSENT = {
-    "big model inference": """
-        CustomDtype OffloadedWeightsLoader PrefixedDataset align_module_device check_device_map check_device_same
-        check_tied_parameters_in_config check_tied_parameters_on_same_device clean_device_map
-        compute_module_total_buffer_size cpu_offload cpu_offload_with_hook disk_offload dispatch_model
-        extract_submodules_state_dict fallback_allocate get_balanced_memory get_max_memory get_module_leaves
-        get_module_size_with_ties get_state_dict_from_offload get_state_dict_offloaded_model has_offloaded_params
-        infer_auto_device_map init_empty_weights init_on_device load_checkpoint_and_dispatch load_offloaded_weight
-        load_offloaded_weights offload_state_dict offload_weight save_offload_index set_module_tensor_to_device""",
     "layerwise casting": "SUPPORTED_PYTORCH_LAYERS_FOR_UPCASTING",
-    "pipeline-parallel inference": "prepare_pippy is_pippy_available require_pippy",
     "later: compilation": "compile_regions compile_regions_deepspeed has_repeated_blocks is_repeated_blocks",
-    "the launcher pins ranks to cores: --enable_cpu_affinity": """
-        CPUInformation get_cpu_distributed_information override_numa_affinity set_numa_affinity""",
-    "later: sequence parallelism": "BETA_SP_AVAILABLE_DEEPSPEED_VERSION DeepSpeedSequenceParallelConfig",
-    "inside of Accelerate's launcher": """
-        env_var_path_add prepare_deepspeed_cmd_env prepare_extend_env_parallelism_config prepare_multi_gpu_env
-        prepare_simple_launcher_cmd_env TORCH_LAUNCH_PARAMS ELASTIC_LOG_LINE_PREFIX_TEMPLATE_PYTORCH_VERSION
-        test_launch""",
-    "work-around for old drivers": "check_cuda_p2p_ib_support get_driver_version get_gpu_info",
-    "inside of Accelerate's collectives, where a mismatch is looked for in debug mode only": """
-        DistributedOperationException TENSOR_INT_TO_DTYPE TENSOR_TYPE_TO_INT chained_operation gather_tensor_shape
-        get_shape is_torch_xpu_tensor verify_operation""",
+    "inside of Accelerate's launcher": "test_launch",
+    "inside of Accelerate's collectives": "TENSOR_INT_TO_DTYPE TENSOR_TYPE_TO_INT is_torch_xpu_tensor",
     "inside of Accelerate's optimizer and loaders": """
         DataLoaderAdapter additional_kwargs move_to_device patch_optimizer_step v""",
-    "inside of Accelerate's plain path: use `accelerator.autocast()` and `accelerator.scaler`": """
-        get_grad_scaler get_mixed_precision_context_manager""",
-    "base classes and lower bounds that only Accelerate itself needs": """
-        BaseEnum EnumWithContains MITA_PROFILING_AVAILABLE_PYTORCH_VERSION
-        XPU_PROFILING_AVAILABLE_PYTORCH_VERSION""",
-    "8-bit floats: DeepSpeed runs bf16": """
-        AORecipeKwargs FP8BackendType FP8RecipeKwargs MSAMPRecipeKwargs TERecipeKwargs apply_fp8_autowrap
-        contextual_fp8_autocast convert_model convert_model_to_fp8_ao filter_first_and_last_linear_layers has_ao_layers
-        has_transformer_engine_layers is_transformer_engine_mxfp8_available require_transformer_engine_mxfp8
-        setup_fp8_env torchao_required""",
-    "quantization with bitsandbytes": """
-        BnbQuantizationConfig has_4bit_bnb_layers is_bitsandbytes_multi_backend_available load_and_quantize_model""",
-    "FSDP": """
-        FSDP2_PYTORCH_VERSION FSDP2_STATE_DICT_TYPE FSDP_AUTO_WRAP_POLICY FSDP_BACKWARD_PREFETCH FSDP_MODEL_NAME
-        FSDP_PYTORCH_VERSION FSDP_SHARDING_STRATEGY FSDP_STATE_DICT_TYPE FullyShardedDataParallelPlugin
-        compile_regions_fsdp2 disable_fsdp_ram_efficient_loading enable_fsdp_ram_efficient_loading
-        ensure_weights_retied fsdp2_apply_ac fsdp2_canonicalize_names fsdp2_load_full_state_dict fsdp2_prepare_model
-        fsdp2_switch_optimizer_parameters get_fsdp2_grad_scaler get_module_class_from_name load_fsdp_model
-        load_fsdp_optimizer merge_fsdp_weights require_fsdp2 save_fsdp_model save_fsdp_optimizer""",
-    "other kinds of parallelism": """
-        BETA_CP_AVAILABLE_PYTORCH_VERSION BETA_TP_AVAILABLE_PYTORCH_VERSION BETA_TP_AVAILABLE_TRANSFORMERS_VERSION
-        DTENSOR_PYTORCH_VERSION ParallelismConfig TorchContextParallelConfig TorchTensorParallelConfig
-        TorchTensorParallelPlugin get_model_tp_size model_has_dtensor require_tp""",
-    "Megatron-LM": """
-        AbstractTrainStep BertTrainStep GPTTrainStep MODEL_CONFIGS_TO_MEGATRON_PARSERS MegatronLMDummyDataLoader
-        MegatronLMDummyScheduler MegatronLMPlugin T5TrainStep add_model_config_to_megatron_parser
-        avg_losses_across_data_parallel_group is_megatron_lm_available parse_bert_config parse_glm4_moe_config
-        parse_gpt2_config parse_llama_config parse_t5_config""",
-    "SageMaker": """
-        SAGEMAKER_PARALLEL_EC2_INSTANCES SAGEMAKER_PYTHON_VERSION SAGEMAKER_PYTORCH_VERSION
-        SAGEMAKER_TRANSFORMERS_VERSION SageMakerDistributedType is_sagemaker_available prepare_sagemager_args_inputs""",
-    "XLA": "ThreadLocalSharedDict install_xla prepare_tpu",
-    "Gaudi 1": "is_habana_gaudi1",
+    "Megatron-LM": "MODEL_CONFIGS_TO_MEGATRON_PARSERS",
+    "XLA": "ThreadLocalSharedDict",
     "needs files of Accelerate's repository": "mocked_dataloaders mocked_dataloaders_for_autoregressive_models",
 }
 REASONS = {name: reason for reason, names in ABSENT.items() for name in names.split()}
@@ -112,6 +62,28 @@ BORROWED = {
         GradientAccumulationPlugin GradientState InitProcessGroupKwargs KwargsHandler PartialState PrecisionType
         ProfileKwargs ProjectConfiguration TorchDynamoPlugin""",
     "launchers": "PrepareForLaunch",
+}
+
+# Attributes of Accelerate's classes that ours lack, with the reason.
+LACKING = {
+    "Accelerator": {
+        "of parallelism_config, which is refused": """
+            context_parallel_rank data_parallel_rank data_parallel_shard_rank pipeline_parallel_rank
+            tensor_parallel_rank""",
+        "of sequence parallelism": "deepspeed_ulysses_dl_adapter",
+    },
+    "AcceleratorState": {
+        "instances ask PartialState for them (tests/test_state.py)": """
+            destroy_process_group fork_launched is_last_process is_local_main_process is_main_process
+            local_main_process_first main_process_first print split_between_processes use_distributed
+            wait_for_everyone""",
+        "FSDP": "is_fsdp2",
+    },
+    "GradientState": {"XLA": "is_xla_gradients_synced"},
+    "DataLoaderDispatcher": {"inside of Accelerate's loaders": "adjust_state_dict_for_prefetch"},
+    "DataLoaderShard": {"inside of Accelerate's loaders": "adjust_state_dict_for_prefetch"},
+    "SkipDataLoader": {"inside of Accelerate's loaders": "adjust_state_dict_for_prefetch"},
+    "DistributedDataParallelKwargs": {"there is no DistributedDataParallel": "register_comm_hook"},
 }
 
 # Parameters that ours do not take in the same way, on purpose: reason -> "name(parameter)".
@@ -224,6 +196,23 @@ def test_names_that_scripts_import_from_where_they_are_only_used(path: str, name
     assert _available(path, name)
 
 
+@pytest.mark.parametrize("name", [*refused.CLASSES, *refused.FUNCTIONS])
+def test_names_of_other_strategies_import_and_say_at_use_that_they_are_refused(name: str) -> None:
+    found = getattr(refused, name)
+    assert inspect.isclass(found) is (name in refused.CLASSES)
+    with pytest.raises(UnsupportedError, match=f"^{name} is not part of this library: "):
+        found("anything", option=1)
+
+
+def test_what_other_strategies_need_is_not_available() -> None:
+    assert not any(getattr(refused, name)() for name in refused.UNAVAILABLE)
+
+
+def test_refused_names_exist_in_accelerate() -> None:
+    known = {name for path in [*PATHS, *ABSENT_MODULES] if path != "utils.rich" for name in _public_names(path)}
+    assert sorted(set(refused.NAMES) - known) == []
+
+
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:
     found = inspect.signature(function).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -257,7 +246,7 @@ def _callables() -> dict[str, tuple[Any, Any]]:
     for path in PATHS:
         for name, theirs in _public_names(path).items():
             exception = inspect.isclass(theirs) and issubclass(theirs, Exception)
-            if not callable(theirs) or name in REASONS or exception:
+            if not callable(theirs) or name in REASONS or name in refused.NAMES or exception:
                 continue
             ours = _ours(path, name)
             found[name] = theirs, ours
@@ -279,6 +268,16 @@ def test_signatures_take_accelerates_parameters_with_the_same_defaults() -> None
     listed = {place for places in DIFFERENT.values() for place in places}
     assert {place: text for place, text in problems.items() if place not in listed} == {}
     assert sorted(listed - set(problems)) == [], "no difference any more"
+
+
+def test_classes_have_accelerates_attributes() -> None:
+    problems = {
+        name: {each for each in dir(theirs) if not each.startswith("_") and not hasattr(ours, each)}
+        for name, (theirs, ours) in _callables().items()
+        if inspect.isclass(theirs)
+    }
+    listed = {name: set(" ".join(reasons.values()).split()) for name, reasons in LACKING.items()}
+    assert {name: lacking for name, lacking in problems.items() if lacking} == listed
 
 
 def test_constants_have_accelerates_values() -> None:

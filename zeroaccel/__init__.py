@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from zeroaccel.data_loader import skip_first_batches as skip_first_batches
     from zeroaccel.distributed.random import synchronize_rng_states as synchronize_rng_states
     from zeroaccel.engine.memory import find_executable_batch_size as find_executable_batch_size
+    from zeroaccel.engine.placement import init_empty_weights as init_empty_weights
+    from zeroaccel.engine.placement import init_on_device as init_on_device
     from zeroaccel.launchers import debug_launcher as debug_launcher
     from zeroaccel.launchers import notebook_launcher as notebook_launcher
     from zeroaccel.state import PartialState as PartialState
@@ -47,20 +49,37 @@ __getattr__, __all__ = reexport(
         "zeroaccel.data_loader": ["skip_first_batches"],
         "zeroaccel.distributed.random": ["synchronize_rng_states"],
         "zeroaccel.engine.memory": ["find_executable_batch_size"],
+        "zeroaccel.engine.placement": ["init_empty_weights", "init_on_device"],
         "zeroaccel.launchers": ["debug_launcher", "notebook_launcher"],
+        "zeroaccel.refused": [
+            "FullyShardedDataParallelPlugin",
+            "ParallelismConfig",
+            "cpu_offload",
+            "cpu_offload_with_hook",
+            "disk_offload",
+            "dispatch_model",
+            "infer_auto_device_map",
+            "load_checkpoint_and_dispatch",
+            "prepare_pippy",
+        ],
         "zeroaccel.state": ["PartialState"],
     },
     submodules=[
         "accelerator",
+        "big_modeling",
         "checkpoint",
         "checkpointing",
         "commands",
         "data_loader",
+        "hooks",
         "launchers",
+        "local_sgd",
         "logging",
         "optimizer",
+        "parallelism_config",
         "scheduler",
         "state",
+        "tracking",
         "utils",
     ],
 )

@@ -32,7 +32,7 @@ from zeroaccel.config.options import (
 )
 from zeroaccel.config.plugin import DeepSpeedPlugin
 from zeroaccel.config.precedence import Level, Said, settle, warn_losers
-from zeroaccel.config.types import DistributedType, PrecisionType
+from zeroaccel.config.types import DistributedType, FP8BackendType, PrecisionType
 from zeroaccel.data_loader import prepare_data_loader, skip_first_batches
 from zeroaccel.data_loader.joint import even_batches_set
 from zeroaccel.distributed import operations
@@ -173,6 +173,13 @@ class Accelerator:
         ConfigError: arguments that contradict each other, or come too late.
         UnsupportedError: another strategy than ZeRO.
     """
+
+    # Scripts with a branch for each strategy ask for these.
+    parallelism_config = None
+    torch_device_mesh = None
+    is_fsdp2 = False
+    is_composable_parallelism_enabled = False
+    fp8_backend = FP8BackendType.NO
 
     def __init__(
         self,
@@ -335,6 +342,11 @@ class Accelerator:
     def is_last_process(self) -> bool:
         """Whether this is the highest rank."""
         return PartialState().is_last_process
+
+    @property
+    def should_save_model(self) -> bool:
+        """Whether this rank writes files for all, as rank 0 does."""
+        return self.is_main_process
 
     @property
     def use_distributed(self) -> bool:
@@ -685,6 +697,20 @@ class Accelerator:
     def optimizer_step_was_skipped(self) -> bool:
         """Whether a prepared optimizer gave up its last real step because of an overflow."""
         return any(optimizer.step_was_skipped for optimizer in self._optimizers)
+
+    def lomo_backward(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """Refused: LOMO updates each weight in the backward pass, before gradients of other ranks have come."""
+        raise UnsupportedError("lomo_backward: LOMO does not go with ZeRO; call backward(loss) and optimizer.step()")
+
+    @contextmanager
+    def maybe_context_parallel(
+        self,
+        buffers: list[torch.Tensor] | None = None,
+        buffer_seq_dims: list[int] | None = None,
+        no_restore_buffers: set[torch.Tensor] | None = None,
+    ) -> Iterator[None]:
+        """Does nothing: context parallelism is never on here."""
+        yield
 
     # --- across the ranks ---------------------------------------------------------------------------------------
 

@@ -137,11 +137,13 @@ def exports(values: Mapping[str, object]) -> dict[str, str]:
 class Ranks:
     """What the launcher says about this process."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
+
+CPUInformation = Ranks  # Accelerate's name
 
 _RANK_VARIABLES: dict[str, tuple[str, ...]] = {
     "rank": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
@@ -190,6 +192,11 @@ def launched_ranks() -> Ranks | None:
         local_rank=_first_int(variables["local_rank"], rank),
         local_world_size=_first_int(variables["local_world_size"], world_size),
     )
+
+
+def get_cpu_distributed_information() -> Ranks:
+    """Ranks as the launcher announced them, or those of a process that was started alone."""
+    return launched_ranks() or Ranks()
 
 
 def announce_ranks(ranks: Ranks) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from enum import Enum, EnumMeta
 
 
-class _Members(EnumMeta):
+class EnumWithContains(EnumMeta):
+    """Makes `value in SomeEnum` a question about values."""
+
     def __contains__(cls, item: object) -> bool:
         try:
             cls(item)
@@ -14,8 +16,8 @@ class _Members(EnumMeta):
         return True
 
 
-class _Name(str, Enum, metaclass=_Members):
-    """A string enumeration: `"fp16" in PrecisionType` works, and so does `PrecisionType.list()`."""
+class BaseEnum(Enum, metaclass=EnumWithContains):
+    """An enumeration of names: `"fp16" in PrecisionType` works, and so does `PrecisionType.list()`."""
 
     @classmethod
     def list(cls) -> list[str]:
@@ -24,6 +26,10 @@ class _Name(str, Enum, metaclass=_Members):
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+class _Name(str, BaseEnum):
+    """Its members are equal to their texts."""
 
 
 class DistributedType(str, Enum):
@@ -121,3 +127,28 @@ class DDPCommunicationHookType(_Name):
     BF16 = "bf16"
     POWER_SGD = "power_sgd"
     BATCHED_POWER_SGD = "batched_power_sgd"
+
+
+class FP8BackendType(_Name):
+    """Libraries for 8-bit floats. Ours is `NO`; scripts compare with the others."""
+
+    NO = "NO"
+    TE = "TE"
+    MSAMP = "MSAMP"
+    AO = "AO"
+
+
+class CustomDtype(Enum):
+    """Number formats that PyTorch has no dtype for, by which device maps are computed."""
+
+    FP8 = "fp8"
+    INT4 = "int4"
+    INT2 = "int2"
+
+
+class SageMakerDistributedType(_Name):
+    """How SageMaker trains, in launch configurations."""
+
+    NO = "NO"
+    DATA_PARALLEL = "DATA_PARALLEL"
+    MODEL_PARALLEL = "MODEL_PARALLEL"

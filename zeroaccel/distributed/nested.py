@@ -102,6 +102,11 @@ def leaves(data: Any) -> Iterator[Any]:
         yield from leaves(value)
 
 
+def get_shape(data: Any) -> Any:
+    """The same nested structure with the shape of each tensor, as a list."""
+    return recursively_apply(lambda tensor: list(tensor.shape), data)
+
+
 def send_to_device(
     tensor: Any,
     device: torch.device | str | int,

@@ -20,6 +20,7 @@ from zeroaccel.distributed.nested import (
     find_batch_size,
     find_device,
     get_data_structure,
+    get_shape,
     honor_type,
     ignorant_find_batch_size,
     initialize_tensors,
@@ -33,10 +34,14 @@ from zeroaccel.distributed.nested import (
     slice_tensors,
 )
 from zeroaccel.distributed.objects import broadcast_object_list, gather_object
+from zeroaccel.errors import DistributedError
+
+DistributedOperationException = DistributedError  # Accelerate's name
 
 __all__ = [
     "CannotPadNestedTensorWarning",
     "ConvertOutputsToFp32",
+    "DistributedOperationException",
     "TensorInformation",
     "broadcast",
     "broadcast_object_list",
@@ -50,6 +55,7 @@ __all__ = [
     "gather_for_metrics",
     "gather_object",
     "get_data_structure",
+    "get_shape",
     "honor_type",
     "ignorant_find_batch_size",
     "initialize_tensors",

@@ -152,9 +152,15 @@ require_torchvision = _require(packages.is_torchvision_available, "torchvision")
 require_trackers = _require(_one_tracker, "one of wandb, TensorBoard, trackio and swanlab, and no comet_ml")
 require_trackio = _require(packages.is_trackio_available, "trackio")
 require_transformer_engine = _require(packages.is_transformer_engine_available, "Transformer Engine")
+require_transformer_engine_mxfp8 = _require(lambda: False, "8-bit floats, which this library does not use")
 require_transformers = _require(packages.is_transformers_available, "transformers")
 require_triton = _require(packages.is_triton_available, "triton")
 require_wandb = _require(packages.is_wandb_available, "wandb")
+
+# What this library leaves to others.
+require_fsdp2 = _require(lambda: False, "FSDP, which this library does not use")
+require_pippy = _require(lambda: False, "pipeline parallelism, which this library does not have")
+require_tp = _require(lambda: False, "tensor parallelism, which this library does not have")
 
 
 def require_torch_min_version(test_case: Test | None = None, version: str | None = None) -> Any:

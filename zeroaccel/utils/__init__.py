@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from zeroaccel import refused
 from zeroaccel.lazy import reexport
 
 # At once: importing the module `zeroaccel.utils.tqdm` later would put it in the place of the function.
@@ -27,5 +28,7 @@ _MODULES = [
     )
 ]
 
-__getattr__, __all__ = reexport(__name__, {module.__name__: module.__all__ for module in _MODULES})
+__getattr__, __all__ = reexport(
+    __name__, {refused.__name__: refused.NAMES} | {module.__name__: module.__all__ for module in _MODULES}
+)
 __all__ += ["tqdm"]

@@ -18,12 +18,23 @@ __getattr__, __all__ = reexport(
             "purge_zeroaccel_environment",
             "str_to_bool",
         ],
+        "zeroaccel.config.environment": [
+            "CPUInformation",
+            "get_cpu_distributed_information",
+        ],
         "zeroaccel.config.packages": [
             "are_libraries_initialized",
         ],
         "zeroaccel.engine.machine": [
             "check_cuda_fp8_capability",
             "get_current_device_type",
+        ],
+        "zeroaccel.refused": [
+            "check_cuda_p2p_ib_support",
+            "get_driver_version",
+            "get_gpu_info",
+            "override_numa_affinity",
+            "set_numa_affinity",
         ],
     },
 )

@@ -67,5 +67,14 @@ __getattr__, __all__ = reexport(
             "is_xccl_available",
             "is_xpu_available",
         ],
+        "zeroaccel.refused": [
+            "is_bitsandbytes_multi_backend_available",
+            "is_habana_gaudi1",
+            "is_megatron_lm_available",
+            "is_pippy_available",
+            "is_sagemaker_available",
+            "is_transformer_engine_mxfp8_available",
+            "torchao_required",
+        ],
     },
 )

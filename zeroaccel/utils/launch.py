@@ -10,5 +10,15 @@ __getattr__, __all__ = reexport(
         "zeroaccel.launchers": [
             "PrepareForLaunch",
         ],
+        "zeroaccel.refused": [
+            "env_var_path_add",
+            "prepare_deepspeed_cmd_env",
+            "prepare_extend_env_parallelism_config",
+            "prepare_multi_gpu_env",
+            "prepare_sagemager_args_inputs",
+            "prepare_simple_launcher_cmd_env",
+            "prepare_tpu",
+            "setup_fp8_env",
+        ],
     },
 )

@@ -10,6 +10,7 @@ __getattr__, __all__ = reexport(
         "zeroaccel.distributed.operations": [
             "CannotPadNestedTensorWarning",
             "ConvertOutputsToFp32",
+            "DistributedOperationException",
             "TensorInformation",
             "broadcast",
             "broadcast_object_list",
@@ -22,6 +23,7 @@ __getattr__, __all__ = reexport(
             "gather",
             "gather_object",
             "get_data_structure",
+            "get_shape",
             "honor_type",
             "ignorant_find_batch_size",
             "initialize_tensors",
@@ -38,6 +40,11 @@ __getattr__, __all__ = reexport(
         ],
         "zeroaccel.engine.zero3": [
             "GatheredParameters",
+        ],
+        "zeroaccel.refused": [
+            "chained_operation",
+            "gather_tensor_shape",
+            "verify_operation",
         ],
     },
 )

@@ -40,5 +40,10 @@ __getattr__, __all__ = reexport(
             "get_free_port",
             "is_port_in_use",
         ],
+        "zeroaccel.refused": [
+            "compile_regions_fsdp2",
+            "get_model_tp_size",
+            "model_has_dtensor",
+        ],
     },
 )
