@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -132,6 +134,41 @@ def test_tensorboard_writes_scalars_texts_images_and_hyperparameters(tmp_path: P
     assert events(tmp_path / "project" / "norms_b").Scalars("norms")[2].value == 2.0
     (file,) = (tmp_path / "project").glob("*/hparams.yml")
     assert yaml.safe_load(file.read_text()) == CONFIG
+
+
+def test_scalars_of_numpy_and_pytorch_are_numbers_and_what_is_left_out_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("project")
+    with caplog.at_level(logging.WARNING):
+        accelerator.log({"tensor": torch.tensor(0.5), "array": np.float32(0.25), "count": np.int64(3)}, step=0)
+        accelerator.log({"several": torch.ones(2)}, step=0)
+    accelerator.end_training()
+    found = events(tmp_path / "project")
+    assert [found.Scalars(name)[0].value for name in ("tensor", "array", "count")] == [0.5, 0.25, 3.0]
+    (told,) = [record.getMessage() for record in caplog.records if record.name.startswith("zeroaccel")]
+    assert told == "tensorboard takes numbers and texts, so 'several', a Tensor, is not logged"
+
+
+SCALARS = {
+    "comet_ml": ("log_metric", [call("loss", 0.5, step=1)]),
+    "mlflow": ("log_metrics", [call({"loss": 0.5}, step=1)]),
+    "clearml": ("report_scalar", [call(title="loss", series="train", value=0.5, iteration=1)]),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_a_loss_that_is_a_tensor_is_logged_as_its_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = MagicMock(name="tool", __version__="3.50.0")
+    monkeypatch.setitem(sys.modules, name, tool)
+    PartialState(cpu=True)
+    tracker = LOGGER_TYPE_TO_CLASS[name]("project")
+    tracker.start()
+    tracker.log({"loss": torch.tensor(0.5)}, step=1)
+    method, expected = SCALARS[name]
+    logger = {"comet_ml": tool.start(), "mlflow": tool, "clearml": tool.Task.current_task().get_logger()}[name]
+    assert getattr(logger, method).mock_calls == expected
 
 
 def test_the_logging_dir_is_where_logs_go(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from zeroaccel.config import environment
 from zeroaccel.errors import ConfigError
 from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain
 
 logger = library_logger(__name__)
 
@@ -63,7 +63,8 @@ class ClearMLTracker(GeneralTracker):
             kwargs: for `report_scalar` or `report_single_value`.
         """
         clearml_logger = self.task.get_logger()
-        for name, value in values.items():
+        for name, given in values.items():
+            value = plain(given)
             if not isinstance(value, (int, float)):
                 logger.warning("clearml takes numbers, so %r, a %s, is not logged", name, type(value).__name__)
             elif step is None:

@@ -6,7 +6,10 @@ from typing import Any
 
 from packaging.version import parse
 
-from zeroaccel.tracking.general import GeneralTracker, on_main_process
+from zeroaccel.logging import library_logger
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain
+
+logger = library_logger(__name__)
 
 
 class CometMLTracker(GeneralTracker):
@@ -46,6 +49,8 @@ class CometMLTracker(GeneralTracker):
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Notes numbers as metrics, texts as other values, dictionaries as several metrics.
 
+        What is none of these is left out with a warning.
+
         Args:
             values: by name.
             step: number of the step that they belong to.
@@ -53,13 +58,18 @@ class CometMLTracker(GeneralTracker):
         """
         if step is not None:
             self.writer.set_step(step)
-        for name, value in values.items():
+        for name, given in values.items():
+            value = plain(given)
             if isinstance(value, (int, float)):
                 self.writer.log_metric(name, value, step=step, **kwargs)
             elif isinstance(value, str):
                 self.writer.log_other(name, value, **kwargs)
             elif isinstance(value, dict):
                 self.writer.log_metrics(value, step=step, **kwargs)
+            else:
+                logger.warning(
+                    "comet_ml takes numbers and texts, so %r, a %s, is not logged", name, type(value).__name__
+                )
 
     @on_main_process
     def finish(self) -> None:

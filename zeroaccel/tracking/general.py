@@ -23,6 +23,11 @@ def on_main_process(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def plain(value: Any) -> Any:
+    """A number for a tensor or array of one element and no dimension, or what was given."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 class GeneralTracker:
     """Base of all trackers, of your own ones too: `Accelerator(log_with=MyTracker(...))`.
 

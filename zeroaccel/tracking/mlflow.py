@@ -9,7 +9,7 @@ from typing import Any
 
 from zeroaccel.config import environment
 from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain
 
 logger = library_logger(__name__)
 
@@ -107,7 +107,8 @@ class MLflowTracker(GeneralTracker):
         import mlflow
 
         numbers = {}
-        for name, value in values.items():
+        for name, given in values.items():
+            value = plain(given)
             if isinstance(value, (int, float)):
                 numbers[name] = value
             else:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain
 
 logger = library_logger(__name__)
 
@@ -66,18 +66,25 @@ class TensorBoardTracker(GeneralTracker):
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Notes numbers as scalars, texts as text, dictionaries of numbers as several scalars in one chart.
 
+        What is none of these is left out with a warning.
+
         Args:
             values: by name.
             step: number of the step that they belong to.
             kwargs: for `add_scalar`, `add_text` or `add_scalars`.
         """
-        for name, value in values.items():
+        for name, given in values.items():
+            value = plain(given)
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, global_step=step, **kwargs)
             elif isinstance(value, str):
                 self.writer.add_text(name, value, global_step=step, **kwargs)
             elif isinstance(value, dict):
                 self.writer.add_scalars(name, value, global_step=step, **kwargs)
+            else:
+                logger.warning(
+                    "tensorboard takes numbers and texts, so %r, a %s, is not logged", name, type(value).__name__
+                )
         self.writer.flush()
 
     @on_main_process
