@@ -313,8 +313,8 @@ def training_function(accelerator: Accelerator, args: argparse.Namespace) -> Res
     return result
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, from the command line by default."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description="Does sentence B follow sentence A?")
     parser.add_argument("--model_name_or_path", help="folder of a Hugging Face model (default: a small one made here)")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what the launcher says")
@@ -325,12 +325,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--max_samples", type=int, help="take only so many pairs, for a quick try (default: all)")
     parser.add_argument("--seed", type=int, default=42)
-    return parser.parse_args(argv)
+    return parser
 
 
 def main() -> None:
     """Runs the script."""
-    args = parse_args()
+    args = make_parser().parse_args()
     accelerator = make_accelerator(args)
     training_function(accelerator, args)
     accelerator.end_training()

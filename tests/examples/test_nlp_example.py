@@ -56,7 +56,7 @@ def train_with(variables: dict[str, str], options: list[str]) -> tuple[Any, dict
 
     os.environ.update(variables)
     try:
-        args = nlp_example.parse_args(["--cpu", "--num_epochs", "1", *options])
+        args = nlp_example.make_parser().parse_args(["--cpu", "--num_epochs", "1", *options])
         accelerator = nlp_example.make_accelerator(args)
         result = nlp_example.training_function(accelerator, args)
         config = dict(accelerator.deepspeed_config or {})
