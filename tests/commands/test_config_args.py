@@ -21,14 +21,14 @@ from zeroaccel.commands.config.config_args import ClusterConfig, load_config_fro
 from zeroaccel.commands.launch import _validate_launch_command, launch_command_parser
 from zeroaccel.config import launch_file
 from zeroaccel.config.types import DistributedType
-from zeroaccel.errors import ConfigError
+from zeroaccel.errors import ConfigError, UnsupportedError
 
 __all__ = ["nothing_launched"]
 
 # Module below `commands` -> names.
 IMPORTED = {
     "config": "default_config_file load_config_from_file main",
-    "config.config_args": "ClusterConfig cache_dir default_config_file default_json_config_file"
+    "config.config_args": "BaseConfig ClusterConfig SageMakerConfig cache_dir default_config_file default_json_config_file"
     " default_yaml_config_file load_config_from_file",
     "config.default": "write_basic_config",
     "env": "env_command env_command_parser main",
@@ -97,6 +97,11 @@ def test_the_fields_are_accelerates() -> None:
         return [(each.name, getattr(empty, each.name)) for each in dataclasses.fields(kind)]
 
     assert told(ClusterConfig) == told(accelerates.ClusterConfig)
+
+
+def test_sagemaker_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="SageMakerConfig: run the script with `zeroaccel launch`"):
+        config_args.SageMakerConfig(ec2_instance_type="ml.p3.16xlarge")
 
 
 def test_what_is_written_is_read_by_launch(tmp_path: Path) -> None:

@@ -6,60 +6,35 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zeroaccel.config import launch_file
 from zeroaccel.config.types import ComputeEnvironment, DistributedType
+from zeroaccel.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 default_config_file = default_json_config_file = default_yaml_config_file = launch_file.default_path()
 cache_dir = os.path.dirname(default_config_file)
 
 
 @dataclass
-class ClusterConfig:
-    """A launch configuration, key by key; `config/launch_schema.py` says what the keys mean.
-
-    Keys of what this library does not do are there because files of Accelerate have them.
-    """
+class BaseConfig:
+    """What every launch configuration says; reads and writes files."""
 
     compute_environment: ComputeEnvironment
     distributed_type: DistributedType
     mixed_precision: str | None
     use_cpu: bool
     debug: bool
-    num_processes: int = -1
-    machine_rank: int = 0
-    num_machines: int = 1
-    gpu_ids: str | None = None
-    main_process_ip: str | None = None
-    main_process_port: int | None = None
-    rdzv_backend: str | None = "static"
-    same_network: bool | None = False
-    main_training_function: str = "main"
-    enable_cpu_affinity: bool = False
-    fp8_config: dict[str, Any] | None = field(default_factory=dict)
-    deepspeed_config: dict[str, Any] | None = field(default_factory=dict)
-    fsdp_config: dict[str, Any] | None = field(default_factory=dict)
-    parallelism_config: dict[str, Any] | None = field(default_factory=dict)
-    megatron_lm_config: dict[str, Any] | None = field(default_factory=dict)
-    mpirun_config: dict[str, Any] | None = field(default_factory=dict)
-    downcast_bf16: bool | str = False
-    tpu_name: str | None = None
-    tpu_zone: str | None = None
-    tpu_use_cluster: bool = False
-    tpu_use_sudo: bool = False
-    command_file: str | None = None
-    commands: list[str] | None = None
-    tpu_vm: list[str] | None = None
-    tpu_env: list[str] | None = None
-    dynamo_config: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.compute_environment = ComputeEnvironment(self.compute_environment)
         self.distributed_type = DistributedType(self.distributed_type)
 
     @classmethod
-    def from_yaml_file(cls, yaml_file: str | None = None) -> ClusterConfig:
+    def from_yaml_file(cls, yaml_file: str | None = None) -> Self:
         """Reads a file, YAML or JSON, of any version; default: the one that `zeroaccel launch` reads.
 
         Raises:
@@ -87,6 +62,48 @@ class ClusterConfig:
     def to_json_file(self, json_file: str) -> None:
         """The same as JSON."""
         launch_file.dump(json_file, self.to_dict(), as_json=True)
+
+
+@dataclass
+class ClusterConfig(BaseConfig):
+    """A launch configuration, key by key; `config/launch_schema.py` says what the keys mean.
+
+    Keys of what this library does not do are there because files of Accelerate have them.
+    """
+
+    num_processes: int = -1
+    machine_rank: int = 0
+    num_machines: int = 1
+    gpu_ids: str | None = None
+    main_process_ip: str | None = None
+    main_process_port: int | None = None
+    rdzv_backend: str | None = "static"
+    same_network: bool | None = False
+    main_training_function: str = "main"
+    enable_cpu_affinity: bool = False
+    fp8_config: dict[str, Any] | None = field(default_factory=dict)
+    deepspeed_config: dict[str, Any] | None = field(default_factory=dict)
+    fsdp_config: dict[str, Any] | None = field(default_factory=dict)
+    parallelism_config: dict[str, Any] | None = field(default_factory=dict)
+    megatron_lm_config: dict[str, Any] | None = field(default_factory=dict)
+    mpirun_config: dict[str, Any] | None = field(default_factory=dict)
+    downcast_bf16: bool | str = False
+    tpu_name: str | None = None
+    tpu_zone: str | None = None
+    tpu_use_cluster: bool = False
+    tpu_use_sudo: bool = False
+    command_file: str | None = None
+    commands: list[str] | None = None
+    tpu_vm: list[str] | None = None
+    tpu_env: list[str] | None = None
+    dynamo_config: dict[str, Any] | None = field(default_factory=dict)
+
+
+class SageMakerConfig(BaseConfig):
+    """Refused: SageMaker starts ranks by itself."""
+
+    def __init__(self, **options: Any) -> None:
+        raise UnsupportedError("SageMakerConfig: run the script with `zeroaccel launch` inside of the job")
 
 
 def load_config_from_file(config_file: str | None) -> ClusterConfig:
