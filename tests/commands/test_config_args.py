@@ -28,8 +28,8 @@ __all__ = ["nothing_launched"]
 # Module below `commands` -> names.
 IMPORTED = {
     "config": "default_config_file load_config_from_file main",
-    "config.config_args": "BaseConfig ClusterConfig SageMakerConfig cache_dir default_config_file default_json_config_file"
-    " default_yaml_config_file load_config_from_file",
+    "config.config_args": "BaseConfig ClusterConfig SageMakerConfig cache_dir default_config_file"
+    " default_json_config_file default_yaml_config_file load_config_from_file",
     "config.default": "write_basic_config",
     "env": "env_command env_command_parser main",
     "estimate": "estimate_command estimate_command_parser gather_data main",
