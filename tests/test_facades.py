@@ -43,7 +43,6 @@ NOT_COMPARED = {
 # Reason -> names that are not even refused (zeroaccel/refused.py).
 ABSENT = {
     "layerwise casting": "SUPPORTED_PYTORCH_LAYERS_FOR_UPCASTING",
-    "later: compilation": "compile_regions compile_regions_deepspeed has_repeated_blocks is_repeated_blocks",
     "inside of Accelerate's launcher": "test_launch",
     "inside of Accelerate's collectives": "TENSOR_INT_TO_DTYPE TENSOR_TYPE_TO_INT is_torch_xpu_tensor",
     "inside of Accelerate's optimizer and loaders": """
@@ -206,6 +205,14 @@ def test_names_of_other_strategies_import_and_say_at_use_that_they_are_refused(n
 
 def test_what_other_strategies_need_is_not_available() -> None:
     assert not any(getattr(refused, name)() for name in refused.UNAVAILABLE)
+
+
+def test_a_decorator_of_what_is_refused_lets_the_module_load() -> None:
+    @refused.torchao_required
+    def convert() -> None: ...
+
+    with pytest.raises(UnsupportedError, match="convert is not part of this library: DeepSpeed trains in bf16"):
+        convert()
 
 
 def test_refused_names_exist_in_accelerate() -> None:

@@ -178,17 +178,12 @@ ERRORS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     ),
     # options
     "activity": (lambda: ProfileKwargs(activities=["tpu"]).build(), ("['tpu']", "'cpu'")),
-    "regional": (
-        lambda: TorchDynamoPlugin(use_regional_compilation=True),
-        ("use_regional_compilation", "leave it out"),
-    ),
     "dynamo": (lambda: TorchDynamoPlugin(backend="fast"), ("'fast'", "INDUCTOR")),
 }
 TYPES: dict[str, type[Exception]] = {
     "document-type": ConfigTypeError,
     "msamp-stage": UnsupportedError,
     "selected": UnsupportedError,
-    "regional": UnsupportedError,
 }
 
 

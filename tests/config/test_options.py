@@ -37,6 +37,10 @@ def test_compilation_is_off_and_can_be_asked_for_by_the_launcher(monkeypatch: py
     monkeypatch.setenv("ZEROACCEL_DYNAMO_USE_DYNAMIC", "false")
     made = TorchDynamoPlugin()
     assert (made.backend, made.fullgraph, made.dynamic) == (DynamoBackend.INDUCTOR, True, False)
+    assert made.use_regional_compilation is False
+    monkeypatch.setenv("ZEROACCEL_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    assert TorchDynamoPlugin().use_regional_compilation is True
+    assert TorchDynamoPlugin(use_regional_compilation=False).use_regional_compilation is False
 
 
 def test_profiler_is_built_from_its_options() -> None:

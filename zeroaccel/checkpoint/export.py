@@ -114,7 +114,7 @@ def get_state_dict(model: torch.nn.Module, unwrap: bool = True, copy: bool = Tru
         they get None at stage 3, below it the live tensors.
 
     """
-    module = extract_model_from_parallel(model) if unwrap or copy else model
+    module = extract_model_from_parallel(model, keep_torch_compile=False) if unwrap or copy else model
     if not copy:
         return module.state_dict()
     entries, others = entries_of(module)

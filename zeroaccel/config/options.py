@@ -10,7 +10,7 @@ from typing import Any
 
 from zeroaccel.config import environment
 from zeroaccel.config.types import DDPCommunicationHookType, DynamoBackend
-from zeroaccel.errors import ConfigError, UnsupportedError
+from zeroaccel.errors import ConfigError
 
 
 class KwargsHandler:
@@ -193,9 +193,13 @@ class ProjectConfiguration:
 class TorchDynamoPlugin(KwargsHandler):
     """How models are compiled; fields that are None come from `ZEROACCEL_DYNAMO_*`.
 
+    Args:
+        backend: of `torch.compile`; "no" compiles nothing.
+        mode, fullgraph, dynamic, options, disable: of `torch.compile`.
+        use_regional_compilation: compile the repeated blocks of a model one by one, and not the whole of it.
+
     Raises:
         ConfigError: a backend that is unknown.
-        UnsupportedError: regional compilation.
     """
 
     backend: DynamoBackend | str | None = None
@@ -216,8 +220,6 @@ class TorchDynamoPlugin(KwargsHandler):
             self.fullgraph = environment.flag("DYNAMO_USE_FULLGRAPH")
         if self.use_regional_compilation is None:
             self.use_regional_compilation = environment.flag("DYNAMO_USE_REGIONAL_COMPILATION")
-        if self.use_regional_compilation:
-            raise UnsupportedError("use_regional_compilation is not supported: leave it out, models are compiled whole")
         if self.dynamic is None and environment.lookup("DYNAMO_USE_DYNAMIC") is not None:
             self.dynamic = environment.flag("DYNAMO_USE_DYNAMIC")
 

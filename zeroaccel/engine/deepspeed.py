@@ -36,6 +36,7 @@ from zeroaccel.engine.arguments import (
     replace,
 )
 from zeroaccel.engine.backend import Setup
+from zeroaccel.engine.compilation import compile_regions_deepspeed
 from zeroaccel.engine.deepspeed_masters import EngineShare
 from zeroaccel.engine.inference import generate_in_step, take_no_gradients
 from zeroaccel.engine.offload import for_offload, refuse_unshardable
@@ -216,11 +217,19 @@ class DeepSpeedBackend:
         if engine.zero_optimization_stage() == 3:
             fetch_order.watch(engine)
             generate_in_step(engine.module)
-        compiling = self._state.dynamo_plugin.compile_options()
-        if compiling is not None:
-            engine.compile(backend=compiling.pop("backend"), compile_kwargs=compiling)
+        self._compile(engine)
         owners.remember(engine, self)
         return mark_prepared(engine)
+
+    def _compile(self, engine: Any) -> None:
+        dynamo = self._state.dynamo_plugin
+        options = dynamo.compile_options()
+        if options is None:
+            return
+        if dynamo.use_regional_compilation:
+            compile_regions_deepspeed(engine.module, **options)
+        else:
+            engine.compile(backend=options.pop("backend"), compile_kwargs=options)
 
     def _wrap(
         self, stepper: Stepper, sharded: Any, engine_scheduler: Any, optimizer: Any, scheduler: Any

@@ -20,6 +20,7 @@ from zeroaccel.engine.arguments import (
     replace,
 )
 from zeroaccel.engine.backend import Setup
+from zeroaccel.engine.compilation import compile_regions, has_repeated_blocks
 from zeroaccel.engine.masters import PlainShare
 from zeroaccel.engine.optimizer import AcceleratedOptimizer, DummyOptim
 from zeroaccel.engine.plain_stepping import PlainStepper, check_at_epoch_end
@@ -71,13 +72,18 @@ class PlainBackend:
         refuse_device_map([model], distributed=False)
         if self._placed(place) and not getattr(model, "hf_device_map", None):
             model.to(self._state.device)
+        dynamo = self._state.dynamo_plugin
+        options = dynamo.compile_options()
+        regional = options is not None and dynamo.use_regional_compilation and has_repeated_blocks(model)
+        mark_prepared(model)
+        prepared: Any = compile_regions(model, **options) if regional else model
         if self._state.mixed_precision in _AUTOCAST_DTYPES:
-            forward = model.forward
-            model._original_forward = forward  # type: ignore[assignment]
-            model.forward = convert_outputs_to_fp32(self._autocasting(forward))
-        compiling = self._state.dynamo_plugin.compile_options()
-        compiled = model if compiling is None else torch.compile(model, **compiling)
-        return mark_prepared(compiled)  # type: ignore[no-any-return]
+            for each in [model, prepared] if regional else [model]:
+                each._original_forward = each.forward
+                each.forward = convert_outputs_to_fp32(self._autocasting(each.forward))
+        if options is not None and not regional:
+            prepared = torch.compile(model, **options)
+        return prepared  # type: ignore[no-any-return]
 
     def _autocasting(self, forward: Any) -> Any:
         def autocast_forward(*args: Any, **kwargs: Any) -> Any:

@@ -19,23 +19,38 @@ def extract_model_from_parallel(
     Args:
         model: what `prepare()` returned, or a plain module, which comes back as it is.
         keep_fp32_wrapper: keep the autocast around `forward` that `prepare()` added without DeepSpeed.
-        keep_torch_compile: return a compiled module compiled.
+        keep_torch_compile: return a compiled module, or one with compiled regions, compiled. DeepSpeed's engines
+            compile a module in place, so it is compiled anyway.
         recursive: also unwrap submodules.
     """
-    compiled = model if isinstance(model, torch._dynamo.OptimizedModule) else None
-    inner: Any = model._orig_mod if compiled is not None else model
-    wrappers: Any = _wrappers()
-    while isinstance(inner, wrappers):
-        inner = inner.module
+    whole = isinstance(model, torch._dynamo.OptimizedModule)
+    # Of what `compile_regions` made, too.
+    inner: Any = _inside_wrappers(model._orig_mod if whole else vars(model).get("_orig_mod", model))
+    compiled: Any = model if whole else _inside_wrappers(model)
     if recursive:
         for name, child in inner.named_children():
             setattr(inner, name, extract_model_from_parallel(child, keep_fp32_wrapper, keep_torch_compile, True))
-    if not keep_fp32_wrapper and "_original_forward" in inner.__dict__:
-        inner.forward = inner.__dict__.pop("_original_forward")
-    if compiled is not None and keep_torch_compile:
+    if not keep_fp32_wrapper:
+        _call_directly(inner)
+        _call_directly(compiled)
+    if not keep_torch_compile:
+        return inner
+    if whole:
         compiled._orig_mod = inner
-        return compiled
-    return inner
+    return compiled
+
+
+def _inside_wrappers(module: Any) -> Any:
+    wrappers: Any = _wrappers()
+    while isinstance(module, wrappers):
+        module = module.module
+    return module
+
+
+def _call_directly(module: Any) -> None:
+    """Takes off the autocast that `prepare()` put around `forward`."""
+    if "_original_forward" in vars(module):
+        module.forward = vars(module).pop("_original_forward")
 
 
 def _wrappers() -> tuple[type, ...]:

@@ -25,6 +25,12 @@ __getattr__, __all__ = reexport(
         "zeroaccel.distributed.process": [
             "wait_for_everyone",
         ],
+        "zeroaccel.engine.compilation": [
+            "compile_regions",
+            "compile_regions_deepspeed",
+            "has_repeated_blocks",
+            "is_repeated_blocks",
+        ],
         "zeroaccel.engine.machine": [
             "check_os_kernel",
         ],
@@ -32,6 +38,7 @@ __getattr__, __all__ = reexport(
             "get_module_children_bottom_up",
             "has_compiled_regions",
             "is_compiled_module",
+            "model_has_dtensor",
         ],
         "zeroaccel.engine.unwrap": [
             "extract_model_from_parallel",
@@ -43,7 +50,6 @@ __getattr__, __all__ = reexport(
         "zeroaccel.refused": [
             "compile_regions_fsdp2",
             "get_model_tp_size",
-            "model_has_dtensor",
         ],
     },
 )
