@@ -81,7 +81,9 @@ def training_function(accelerator: Accelerator, args: argparse.Namespace) -> Non
     if accelerator.newest_checkpoint() is not None:
         accelerator.load_state()
         accelerator.print(f"going on in epoch {progress.epoch + 1} after step {progress.step}")
-    accelerator.init_trackers("sentence_pairs", vars(args))
+    # What a killed run had drawn after its last checkpoint is drawn again.
+    purge = {"tensorboard": {"purge_step": progress.step + 1}}
+    accelerator.init_trackers("sentence_pairs", vars(args), init_kwargs=purge)
     while progress.epoch < args.num_epochs:
         train_epoch(accelerator, model, optimizer, scheduler, train_loader, progress)
         accuracy, _ = nlp_example.evaluate(accelerator, model, eval_loader)
@@ -101,7 +103,7 @@ def main() -> None:
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with="all",
+        log_with="tensorboard",
         project_config=ProjectConfiguration(args.project_dir, automatic_checkpoint_naming=True, total_limit=2),
         dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True),
     )

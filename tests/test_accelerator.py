@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from zeroaccel.config.options import (
     TorchDynamoPlugin,
 )
 from zeroaccel.errors import ConfigError, UnsupportedError, UsageError
+from zeroaccel.local_sgd import LocalSGD
 from zeroaccel.state import AcceleratorState, GradientState, PartialState
 
 
@@ -207,6 +209,17 @@ def test_what_scripts_with_several_strategies_ask_has_answers() -> None:
         pass
     with pytest.raises(UnsupportedError, match="LOMO does not go with ZeRO"):
         accelerator.lomo_backward(torch.ones(1), 0.1)
+
+
+def test_local_sgd_does_nothing_alone_and_is_refused_under_deepspeed() -> None:
+    accelerator = Accelerator(cpu=True)
+    with LocalSGD(accelerator=accelerator, model=None, local_sgd_steps=8) as local_sgd:
+        local_sgd.step()
+    parallel: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with LocalSGD(accelerator=parallel, model=None, local_sgd_steps=8, enabled=False) as local_sgd:
+        local_sgd.step()
+    with pytest.raises(UnsupportedError, match="gradient_accumulation_steps spares as much traffic"):
+        LocalSGD(accelerator=parallel, model=None, local_sgd_steps=8)
 
 
 def test_a_block_can_be_profiled(tmp_path: Path) -> None:

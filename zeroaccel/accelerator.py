@@ -833,14 +833,19 @@ class Accelerator:
         config: dict[str, Any] | None = None,
         init_kwargs: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Starts the trackers of `log_with`, on rank 0.
+        """Starts the trackers of `log_with`, on rank 0. Another call adds another run of each.
 
         Args:
             project_name: what each tool calls a project, an experiment or a run.
             config: hyperparameters to note.
             init_kwargs: further arguments by tracker: `{"wandb": {"tags": ["first"]}}`.
         """
-        self.trackers = running.start(self.log_with, self.logging_dir, project_name, config, init_kwargs or {})
+        if not self.is_main_process:
+            return
+        wanted = [each for each in self.log_with if each not in self.trackers]  # an object starts once
+        new = running.made(wanted, self.logging_dir, project_name, init_kwargs or {})
+        self.trackers += new
+        running.start(new, config)
 
     def log(
         self, values: dict[str, Any], step: int | None = None, log_kwargs: dict[str, dict[str, Any]] | None = None
@@ -852,7 +857,7 @@ class Accelerator:
             step: number of the step that they belong to.
             log_kwargs: further arguments by tracker.
         """
-        for tracker in self.trackers:
+        for tracker in self.trackers if self.is_main_process else ():
             tracker.log(values, step=step, **(log_kwargs or {}).get(tracker.name, {}))
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
@@ -863,7 +868,7 @@ class Accelerator:
             unwrap: the tool's own run object instead.
 
         Returns:
-            On ranks that do not track, a tracker that does nothing.
+            On ranks that do not track a `GeneralTracker`, whose methods do nothing; the tool's own are not there.
 
         Raises:
             ConfigError: none has this name.
@@ -1003,10 +1008,11 @@ class Accelerator:
     clear = free_memory
 
     def end_training(self) -> None:
-        """The last call of a script: ends trackers and the process group."""
-        for tracker in self.trackers:
-            tracker.finish()
-        PartialState().destroy_process_group()
+        """The last call of a script: ends trackers and the process group, all of them even if one of them fails."""
+        with contextlib.ExitStack() as ending:
+            ending.callback(PartialState().destroy_process_group)
+            for tracker in reversed(self.trackers):
+                ending.callback(tracker.finish)
 
     def __deepcopy__(self, memo: Any) -> Accelerator:
         return self

@@ -25,7 +25,6 @@ _AFFINITY = "the launcher binds ranks to cores: `zeroaccel launch --enable_cpu_a
 _GPU_QUIRKS = "nothing here depends on a driver's version"
 _COLLECTIVES = "every collective compares shapes over the ranks, and needs no debug mode for it"
 _PLAIN = "ask the object: accelerator.autocast(), accelerator.scaler"
-_LOCAL_SGD = "it averages whole weights, which no rank has under ZeRO: gradient_accumulation_steps spares traffic too"
 _SAMPLES = "it reads files of Accelerate's repository"
 
 _CLASSES = {
@@ -39,7 +38,6 @@ _CLASSES = {
     _FP8: "AORecipeKwargs FP8RecipeKwargs MSAMPRecipeKwargs TERecipeKwargs",
     _QUANTIZATION: "BnbQuantizationConfig",
     _XLA: "ThreadLocalSharedDict",
-    _LOCAL_SGD: "LocalSGD",
 }
 
 _FUNCTIONS = {
@@ -49,7 +47,7 @@ _FUNCTIONS = {
         load_fsdp_optimizer merge_fsdp_weights save_fsdp_model save_fsdp_optimizer""",
     _MEGATRON: """add_model_config_to_megatron_parser avg_losses_across_data_parallel_group parse_bert_config
         parse_glm4_moe_config parse_gpt2_config parse_llama_config parse_t5_config""",
-    _PARALLELISM: "get_model_tp_size model_has_dtensor prepare_pippy",
+    _PARALLELISM: "get_model_tp_size prepare_pippy",
     _BIG_MODELS: """add_hook_to_module align_module_device attach_align_device_hook attach_align_device_hook_on_blocks
         attach_execution_device_hook attach_layerwise_casting_hooks check_device_map check_device_same
         check_tied_parameters_in_config check_tied_parameters_on_same_device clean_device_map
@@ -57,18 +55,17 @@ _FUNCTIONS = {
         extract_submodules_state_dict fallback_allocate get_balanced_memory get_max_memory get_module_leaves
         get_module_size_with_ties get_state_dict_from_offload get_state_dict_offloaded_model infer_auto_device_map
         load_checkpoint_and_dispatch load_offloaded_weight load_offloaded_weights offload_state_dict offload_weight
-        remove_hook_from_module remove_hook_from_submodules save_offload_index set_module_tensor_to_device""",
+        save_offload_index set_module_tensor_to_device""",
     _FP8: """apply_fp8_autowrap contextual_fp8_autocast convert_model convert_model_to_fp8_ao
-        filter_first_and_last_linear_layers has_ao_layers has_transformer_engine_layers setup_fp8_env
-        torchao_required""",
+        filter_first_and_last_linear_layers has_ao_layers has_transformer_engine_layers setup_fp8_env""",
     _QUANTIZATION: "has_4bit_bnb_layers load_and_quantize_model",
     _SAGEMAKER: "prepare_sagemager_args_inputs",
     _XLA: "install_xla prepare_tpu",
     _LAUNCHER: """env_var_path_add prepare_deepspeed_cmd_env prepare_extend_env_parallelism_config prepare_multi_gpu_env
         prepare_simple_launcher_cmd_env""",
     _AFFINITY: "override_numa_affinity set_numa_affinity",
-    _GPU_QUIRKS: "check_cuda_p2p_ib_support get_driver_version get_gpu_info",
-    _COLLECTIVES: "chained_operation gather_tensor_shape verify_operation",
+    _GPU_QUIRKS: "get_driver_version get_gpu_info",
+    _COLLECTIVES: "gather_tensor_shape",
     _PLAIN: "get_grad_scaler get_mixed_precision_context_manager",
     _SAMPLES: "mocked_dataloaders mocked_dataloaders_for_autoregressive_models",
 }
@@ -85,7 +82,7 @@ def _by_name(table: dict[str, str]) -> dict[str, str]:
 CLASSES = _by_name(_CLASSES)
 FUNCTIONS = _by_name(_FUNCTIONS)
 UNAVAILABLE = _UNAVAILABLE.split()
-NAMES = [*CLASSES, *FUNCTIONS, *UNAVAILABLE]
+NAMES = [*CLASSES, *FUNCTIONS, *UNAVAILABLE, "torchao_required"]
 
 
 def __getattr__(name: str) -> Any:
@@ -99,6 +96,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = made
     return made
+
+
+def torchao_required(func: Any) -> Any:
+    """Decorator: the function is refused when it is called."""
+    return _refusal(func.__name__, _FP8)
 
 
 def _refusal(name: str, reason: str) -> Any:

@@ -95,6 +95,10 @@ WRONG: dict[str, tuple[Any, tuple[str, ...]]] = {
     "two precisions": ({**ZERO, "fp16": {"enabled": True}, "bf16": {"enabled": True}}, ("enable one of them",)),
     "negative clipping": ({**ZERO, "gradient_clipping": -1}, ("use a norm above 0",)),
     "auto nowhere served": ({**ZERO, "prescale_gradients": "auto"}, ("prescale_gradients is 'auto'",)),
+    "DeepCompile as a number": (
+        {**ZERO, "compile": {"deepcompile": 1}},
+        ("compile.deepcompile is 1",),
+    ),
     "DeepCompile": ({**ZERO, "compile": {"deepcompile": True}}, ("compile.deepcompile is True", "leave it out")),
     "unknown optimizer": ({**ZERO, "optimizer": {"type": "Adamm"}}, ("did you mean 'Adam'?",)),
     "what only DeepSpeed knows": (

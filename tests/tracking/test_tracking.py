@@ -7,9 +7,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock, call
 
+import accelerate
+import accelerate.tracking
 import numpy as np
 import pytest
 import torch
@@ -143,7 +145,8 @@ def test_scalars_of_numpy_and_pytorch_are_numbers_and_what_is_left_out_is_named(
     accelerator.init_trackers("project")
     with caplog.at_level(logging.WARNING):
         accelerator.log({"tensor": torch.tensor(0.5), "array": np.float32(0.25), "count": np.int64(3)}, step=0)
-        accelerator.log({"several": torch.ones(2)}, step=0)
+        for step in range(3):
+            accelerator.log({"several": torch.ones(2)}, step=step)
     accelerator.end_training()
     found = events(tmp_path / "project")
     assert [found.Scalars(name)[0].value for name in ("tensor", "array", "count")] == [0.5, 0.25, 3.0]
@@ -245,23 +248,98 @@ def test_only_installed_trackers_are_kept_and_the_others_named(
     monkeypatch.setitem(register._INSTALLED, "wandb", lambda: False)
     own = ListTracker()
     with caplog.at_level(logging.WARNING):
-        assert filter_trackers(["wandb", "tensorboard", own, "tensorboard"], "logs") == [own, "tensorboard"]
-    assert [record.getMessage() for record in caplog.records] == ["wandb is not installed: log_with leaves it out"]
+        assert filter_trackers(["wandb", "tensorboard", own, "tensorboard"], "logs") == ["tensorboard", own]
+        assert filter_trackers("wandb") == []
+    left_out = "wandb is not installed: log_with leaves it out"
+    nothing = "log_with='wandb': nothing is logged, as no tracker is there"
+    assert [record.getMessage() for record in caplog.records] == [left_out, left_out, nothing]
 
 
-def test_all_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_are_those_that_are_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in register._INSTALLED:
         monkeypatch.setitem(register._INSTALLED, name, lambda name=name: name in ("tensorboard", "mlflow"))
-    assert get_available_trackers() == ["tensorboard", "mlflow"]
+    assert get_available_trackers() == [LoggerType.TENSORBOARD, LoggerType.MLFLOW]
     assert filter_trackers("all", tmp_path) == ["tensorboard", "mlflow"]
+    own = ListTracker()
+    assert filter_trackers(["all", "mlflow", own], tmp_path) == [own, "tensorboard", "mlflow"]
     assert filter_trackers(None) == []
+    assert not caplog.records
+    assert filter_trackers("all") == ["mlflow"]
+    told = "log_with='all' leaves tensorboard out, which needs Accelerator(project_dir=...)"
+    assert [record.getMessage() for record in caplog.records] == [told]
+
+
+def test_a_tracker_that_an_integration_derives_from_accelerates_base_runs() -> None:
+    class Foreign(accelerate.tracking.GeneralTracker):
+        name = "foreign"
+        requires_logging_directory = False
+        tracker: ClassVar[list[Any]] = []
+
+        def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+            self.tracker.append((values, step))
+
+    accelerator = Accelerator(cpu=True, log_with=Foreign())
+    accelerator.init_trackers("project", CONFIG)
+    accelerator.log({"loss": 1.0}, step=2)
+    accelerator.end_training()
+    assert accelerator.get_tracker("foreign", unwrap=True) == [({"loss": 1.0}, 2)]
+
+
+def test_a_second_init_adds_a_run_and_starts_an_object_once(registered: None) -> None:
+    own = ListTracker("own")
+    accelerator = Accelerator(cpu=True, log_with=["list", own])
+    accelerator.init_trackers("first")
+    appended = ListTracker("appended")
+    accelerator.trackers.append(appended)
+    accelerator.init_trackers("second", CONFIG)
+    accelerator.log({"loss": 1.0}, step=1)
+    accelerator.end_training()
+    log = ("log", {"loss": 1.0}, 1, {})
+    assert [tracker.told for tracker in accelerator.trackers] == [
+        [("first", {}), "start", log, "finish"],
+        [("own", {}), "start", log, "finish"],
+        [("appended", {}), log, "finish"],
+        [("second", {}), "start", ("config", CONFIG), log, "finish"],
+    ]
+
+
+def test_trackers_go_on_after_one_that_cannot_start_and_end_after_one_that_cannot_end() -> None:
+    class Broken(ListTracker):
+        name = "broken"
+
+        def start(self) -> None:
+            raise ConnectionError("no network")
+
+        def finish(self) -> None:
+            raise OSError("disk full")
+
+    first, broken, last = ListTracker(), Broken(), ListTracker()
+    accelerator = Accelerator(cpu=True, log_with=[first, broken, last])
+    with pytest.raises(ConnectionError):
+        accelerator.init_trackers("project")
+    accelerator.log({"loss": 1.0})
+    with pytest.raises(OSError, match="disk full"):
+        accelerator.end_training()
+    assert first.told[1:] == ["start", ("log", {"loss": 1.0}, None, {}), "finish"]
+    assert last.told[1:] == [("log", {"loss": 1.0}, None, {}), "finish"]
+
+
+def test_hyperparameters_of_numpy_and_enumerations_are_in_the_file(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    given = {"lr": np.float64(0.5), "n": np.int64(3), "m": torch.tensor(2), "kind": LoggerType.WANDB, "none": None}
+    accelerator.init_trackers("project", given)
+    accelerator.end_training()
+    (file,) = (tmp_path / "project").glob("*/hparams.yml")
+    assert yaml.safe_load(file.read_text()) == {"lr": 0.5, "n": 3, "m": 2, "kind": "wandb", "none": None}
 
 
 REFUSED: list[tuple[Any, str]] = [
     ("tensorbord", "log_with='tensorbord' is no tracker: choose from 'all', 'aim'"),
     (ListTracker, "is no tracker: .*or pass a GeneralTracker object"),
     (3, "log_with=3 is no tracker"),
-    ("tensorboard", "log_with='tensorboard' writes files, and there is no folder for them"),
+    (["tensorboard"], "log_with='tensorboard' writes files, and there is no folder for them"),
 ]
 
 
@@ -311,6 +389,10 @@ def train_and_log(folder: str) -> dict[str, Any]:
         "unwrapped": type(accelerator.get_tracker("tensorboard", unwrap=True)).__name__,
         "told": [len(each.told) for each in accelerator.log_with if isinstance(each, ListTracker)],
     }
+    appended = ListTracker()
+    accelerator.trackers.append(appended)
+    accelerator.log({"loss": 0.0}, step=9)
+    found["appended"] = len(appended.told)
     accelerator.wait_for_everyone()
     for each in accelerator.trackers:
         each.finish()
@@ -324,9 +406,11 @@ def test_rank_0_tracks_and_the_others_get_trackers_that_do_nothing(ranks: RankPo
         "tracker": "TensorBoardTracker",
         "unwrapped": "SummaryWriter",
         "told": [5],
+        "appended": 2,
     }
-    assert second == {"running": [], "tracker": "GeneralTracker", "unwrapped": "GeneralTracker", "told": [1]}
-    assert len(events(tmp_path / "project").Scalars("loss")) == 2
+    null = {"tracker": "GeneralTracker", "unwrapped": "GeneralTracker"}
+    assert second == {"running": [], **null, "told": [1], "appended": 1}
+    assert [event.step for event in events(tmp_path / "project").Scalars("loss")] == [0, 1, 9]
 
 
 def decorated(folder: str) -> list[bool]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from zeroaccel.commands import launch_memory, launch_signals
@@ -68,8 +69,11 @@ def supervise(start: Callable[[], object], job: ElasticJob, log_dir: str) -> int
     """
     before, since, ending = Memory.read(), time.time(), launch_signals.Ending(log_dir)
     with ending.handled():
-        failures = run_ranks(start, ending)
-        ending.run_has_ended()
+        try:
+            failures = run_ranks(start, ending)
+            ending.run_has_ended()
+        except SignalException:  # it came when all ranks had ended
+            failures = {}
         if failures or ending.signal is not None:
             launch_signals.end_groups(ending.ranks | {failure.pid for failure in failures.values()})
     if ending.signal is not None:

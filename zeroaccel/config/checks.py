@@ -214,9 +214,10 @@ def values(document: HfDeepSpeedConfig) -> list[Problem]:
     if all(document.get_value(f"{name}.enabled") is True for name in ("fp16", "bf16")):
         told = "fp16.enabled and bf16.enabled are both true: enable one of them"
         problems.append(Problem("bf16.enabled", told))
-    if document.get_value("compile.deepcompile") is True:
+    deepcompile = document.get_value("compile.deepcompile")
+    if deepcompile not in (None, False):
         told = (
-            "compile.deepcompile is True: its graphs write gradients where optimizer.step() does not look for them;"
+            f"compile.deepcompile is {deepcompile!r}: its graphs write gradients where optimizer.step() does not look;"
             " leave it out, Accelerator(dynamo_backend='inductor') compiles too"
         )
         problems.append(Problem("compile.deepcompile", told))

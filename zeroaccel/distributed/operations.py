@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from zeroaccel.distributed.collectives import (
     CannotPadNestedTensorWarning,
     broadcast,
@@ -38,6 +41,16 @@ from zeroaccel.errors import DistributedError
 
 DistributedOperationException = DistributedError  # Accelerate's name
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def verify_operation(function: Function) -> Function:
+    """Decorator of functions made of collectives, without effect: each compares shapes over the ranks by itself."""
+    return function
+
+
+chained_operation = verify_operation
+
 __all__ = [
     "CannotPadNestedTensorWarning",
     "ConvertOutputsToFp32",
@@ -45,6 +58,7 @@ __all__ = [
     "TensorInformation",
     "broadcast",
     "broadcast_object_list",
+    "chained_operation",
     "concatenate",
     "convert_outputs_to_fp32",
     "convert_to_fp32",
@@ -69,4 +83,5 @@ __all__ = [
     "reduce",
     "send_to_device",
     "slice_tensors",
+    "verify_operation",
 ]

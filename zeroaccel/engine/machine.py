@@ -131,6 +131,11 @@ def check_cuda_fp8_capability() -> bool:
     return torch.cuda.get_device_capability() >= (8, 9)
 
 
+def check_cuda_p2p_ib_support() -> bool:
+    """Whether GPUs may talk to each other directly: NCCL finds out by itself."""
+    return True
+
+
 def get_current_device_type() -> tuple[str, str]:
     """Type of this machine's accelerator, and the `DistributedType` of several of them; starts no device.
 

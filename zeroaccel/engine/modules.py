@@ -28,6 +28,11 @@ def is_peft_model(model: torch.nn.Module) -> bool:
     return peft is not None and isinstance(extract_model_from_parallel(model), peft.PeftModel)
 
 
+def model_has_dtensor(model: torch.nn.Module) -> bool:
+    """Whether a parameter is a `DTensor`, as tensor parallelism makes them."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
 def get_module_children_bottom_up(model: torch.nn.Module, return_fqns: bool = False) -> list[Any]:
     """All modules of a model, each one after those that it contains; the last is the model.
 

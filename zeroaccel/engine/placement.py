@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from zeroaccel.config import environment
+
 
 @contextmanager
 def init_on_device(device: torch.device | str, include_buffers: bool | None = None) -> Iterator[None]:
@@ -15,9 +17,9 @@ def init_on_device(device: torch.device | str, include_buffers: bool | None = No
 
     Args:
         device: such as `torch.device("cuda")`.
-        include_buffers: their buffers too; default: no.
+        include_buffers: their buffers too; default: what `ZEROACCEL_INIT_INCLUDE_BUFFERS` says, else no.
     """
-    if include_buffers:
+    if environment.flag("INIT_INCLUDE_BUFFERS") if include_buffers is None else include_buffers:
         with torch.device(device):
             yield
         return
@@ -37,13 +39,12 @@ def init_on_device(device: torch.device | str, include_buffers: bool | None = No
 
 def _moved(parameter: torch.nn.Parameter, device: torch.device | str) -> torch.nn.Parameter:
     """The same kind of parameter there, with the attributes that were set on it."""
-    attributes = dict(parameter.__dict__)
     kind: Any = type(parameter)
-    if kind is torch.nn.Parameter:
-        moved = torch.nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
-        moved.__dict__.update(attributes)
-        return moved
-    return kind(parameter.to(device), **(attributes | {"requires_grad": parameter.requires_grad}))  # type: ignore[no-any-return]
+    # Quantized kinds are made from their attributes; private ones are marks of libraries.
+    options = {} if kind is torch.nn.Parameter else {k: v for k, v in vars(parameter).items() if not k.startswith("_")}
+    moved: torch.nn.Parameter = kind(parameter.to(device), **(options | {"requires_grad": parameter.requires_grad}))
+    vars(moved).update(vars(parameter))
+    return moved
 
 
 @contextmanager
@@ -54,10 +55,31 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     device, make it inside `accelerator.zero_init()` instead: there its weights are real, each rank has its share.
 
     Args:
-        include_buffers: buffers too; default: no.
+        include_buffers: buffers too; default: what `ZEROACCEL_INIT_INCLUDE_BUFFERS` says, else no.
     """
     with init_on_device(torch.device("meta"), include_buffers):
         yield
+
+
+def remove_hook_from_module(module: torch.nn.Module, recurse: bool = False) -> torch.nn.Module:
+    """Takes away the hook that Accelerate attached for a `device_map`, if there is one; returns the module.
+
+    Args:
+        module: of any kind.
+        recurse: from its submodules, too.
+    """
+    for each in module.modules() if recurse else [module]:
+        attributes: dict[str, Any] = vars(each)
+        if hook := attributes.pop("_hf_hook", None):
+            hook.detach_hook(each)
+        if "_old_forward" in attributes:
+            attributes["forward"] = attributes.pop("_old_forward")
+    return module
+
+
+def remove_hook_from_submodules(module: torch.nn.Module) -> None:
+    """The same for a module and everything in it."""
+    remove_hook_from_module(module, recurse=True)
 
 
 def has_offloaded_params(module: torch.nn.Module) -> bool:

@@ -75,6 +75,7 @@ def meet_apart(state: PartialState, name: str, outline: str, remedy: str) -> Non
     try:
         _sign(state, number)
         absent = _absent_apart(state, number)
+        waited = time.monotonic() - begin
         if absent:
             _wait_for_readers(state, number, absent)
     except RuntimeError as problem:
@@ -82,7 +83,7 @@ def meet_apart(state: PartialState, name: str, outline: str, remedy: str) -> Non
     if absent:
         raise DistributedError(
             f"{name}: rank {state.process_index} is at {outline}, and {_ranks(absent)} did not come there in"
-            f" {time.monotonic() - begin:.0f} s. Either it failed, then its own error says why, or it went another way:"
+            f" {waited:.0f} s. Either it failed, then its own error says why, or it went another way:"
             f" {remedy}"
         )
     meet(state, name, outline, remedy)
@@ -239,7 +240,7 @@ def _absent(state: PartialState, number: int, seconds: float) -> list[int]:
 
 
 def _wait_for_readers(state: PartialState, number: int, absent: list[int]) -> None:
-    """Keeps rank 0, in which the store may live, until the others that came know who is missing, too."""
+    """Keeps rank 0, in which the store may live, for some seconds, until the others that came have looked, too."""
     key, end = f"zeroaccel/read/{number}", time.monotonic() + PATIENCE + 1
     present = state.num_processes - len(absent)
     with suppress(RuntimeError):  # the store is gone: with rank 0, which has waited, or with the launcher

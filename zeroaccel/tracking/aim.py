@@ -28,9 +28,9 @@ class AimTracker(GeneralTracker):
 
     @on_main_process
     def start(self) -> None:
-        from aim import Run
+        import aim
 
-        self.writer = Run(repo=self.aim_repo_path, **self.init_kwargs)
+        self.writer = aim.Run(repo=self.aim_repo_path, **self.init_kwargs)
         self.writer.name = self.run_name
 
     @property

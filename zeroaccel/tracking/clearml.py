@@ -6,10 +6,7 @@ from typing import Any
 
 from zeroaccel.config import environment
 from zeroaccel.errors import ConfigError
-from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain
-
-logger = library_logger(__name__)
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, warn_left_out
 
 _SERIES = ("eval", "test", "train")
 
@@ -62,16 +59,15 @@ class ClearMLTracker(GeneralTracker):
             step: number of the step that they belong to.
             kwargs: for `report_scalar` or `report_single_value`.
         """
-        clearml_logger = self.task.get_logger()
+        report = self.task.get_logger()
         for name, given in values.items():
             value = plain(given)
             if not isinstance(value, (int, float)):
-                logger.warning("clearml takes numbers, so %r, a %s, is not logged", name, type(value).__name__)
+                warn_left_out(self.name, "numbers", name, type(value).__name__)
             elif step is None:
-                clearml_logger.report_single_value(name=name, value=value, **kwargs)
+                report.report_single_value(name=name, value=value, **kwargs)
             else:
-                title, series = _title_and_series(name)
-                clearml_logger.report_scalar(title=title, series=series, value=value, iteration=step, **kwargs)
+                report.report_scalar(**_place(name), value=value, iteration=step, **kwargs)
 
     @on_main_process
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -82,10 +78,9 @@ class ClearMLTracker(GeneralTracker):
             step: number of the step that they belong to.
             kwargs: for `report_image`.
         """
-        clearml_logger = self.task.get_logger()
+        report = self.task.get_logger()
         for name, image in values.items():
-            title, series = _title_and_series(name)
-            clearml_logger.report_image(title=title, series=series, iteration=step, image=image, **kwargs)
+            report.report_image(**_place(name), iteration=step, image=image, **kwargs)
 
     @on_main_process
     def log_table(
@@ -109,13 +104,11 @@ class ClearMLTracker(GeneralTracker):
         Raises:
             ConfigError: neither `data` nor `dataframe`.
         """
-        table = dataframe
-        if table is None:
-            if data is None:
-                raise ConfigError(f"log_table({table_name!r}) got no table: pass data (rows) or dataframe")
-            table = data if columns is None else [columns, *data]
-        title, series = _title_and_series(table_name)
-        self.task.get_logger().report_table(title=title, series=series, table_plot=table, iteration=step, **kwargs)
+        if dataframe is None and data is None:
+            raise ConfigError(f"log_table({table_name!r}) got no table: pass data (rows) or dataframe")
+        rows = [*([] if columns is None else [columns]), *(data or [])]
+        table = rows if dataframe is None else dataframe
+        self.task.get_logger().report_table(**_place(table_name), table_plot=table, iteration=step, **kwargs)
 
     @on_main_process
     def finish(self) -> None:
@@ -123,8 +116,7 @@ class ClearMLTracker(GeneralTracker):
             self.task.close()
 
 
-def _title_and_series(name: str) -> tuple[str, str]:
-    for series in _SERIES:
-        if name.startswith(f"{series}_"):
-            return name.removeprefix(f"{series}_"), series
-    return name, "train"
+def _place(name: str) -> dict[str, str]:
+    """The chart that a name belongs to, and which of its curves it is."""
+    first, _, rest = name.partition("_")
+    return {"title": rest, "series": first} if first in _SERIES and "_" in name else {"title": name, "series": "train"}

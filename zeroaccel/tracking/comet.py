@@ -6,10 +6,7 @@ from typing import Any
 
 from packaging.version import parse
 
-from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain
-
-logger = library_logger(__name__)
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, warn_left_out
 
 
 class CometMLTracker(GeneralTracker):
@@ -67,9 +64,7 @@ class CometMLTracker(GeneralTracker):
             elif isinstance(value, dict):
                 self.writer.log_metrics(value, step=step, **kwargs)
             else:
-                logger.warning(
-                    "comet_ml takes numbers and texts, so %r, a %s, is not logged", name, type(value).__name__
-                )
+                warn_left_out(self.name, "numbers and texts", name, type(value).__name__)
 
     @on_main_process
     def finish(self) -> None:

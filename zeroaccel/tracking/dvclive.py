@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process
-
-logger = library_logger(__name__)
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, warn_left_out
 
 
 class DVCLiveTracker(GeneralTracker):
@@ -60,7 +57,7 @@ class DVCLiveTracker(GeneralTracker):
             if Metric.could_log(value):
                 self.tracker.log_metric(name, value, **kwargs)
             else:
-                logger.warning("dvclive takes no %s, so %r is not logged", type(value).__name__, name)
+                warn_left_out(self.name, "numbers and texts", name, type(value).__name__)
         self.tracker.next_step()
 
     @on_main_process

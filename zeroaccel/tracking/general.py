@@ -6,7 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from zeroaccel.logging import library_logger
 from zeroaccel.state import PartialState
+
+logger = library_logger(__name__)
 
 _REQUIRED = ("name", "requires_logging_directory", "tracker")
 
@@ -26,6 +29,12 @@ def on_main_process(function: Callable[..., Any]) -> Callable[..., Any]:
 def plain(value: Any) -> Any:
     """A number for a tensor or array of one element and no dimension, or what was given."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+@functools.cache
+def warn_left_out(tool: str, takes: str, name: str, kind: str) -> None:
+    """Says once that a tool does not take what was given under this name."""
+    logger.warning("%s takes %s, so %r, a %s, is not logged", tool, takes, name, kind)
 
 
 class GeneralTracker:

@@ -9,7 +9,7 @@ from typing import Any
 
 from zeroaccel.config import environment
 from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, warn_left_out
 
 logger = library_logger(__name__)
 
@@ -69,6 +69,10 @@ class MLflowTracker(GeneralTracker):
         import mlflow
 
         found = mlflow.search_experiments(filter_string=f"name = '{self.experiment_name}'")
+        if len(found) > 1:
+            logger.warning(
+                "mlflow has %d experiments called %r: the first one is used", len(found), self.experiment_name
+            )
         if len(found) > 0:
             return found[0].experiment_id
         return mlflow.create_experiment(name=self.experiment_name, artifact_location=self.logging_dir, tags=self.tags)
@@ -112,7 +116,7 @@ class MLflowTracker(GeneralTracker):
             if isinstance(value, (int, float)):
                 numbers[name] = value
             else:
-                logger.warning("mlflow takes numbers, so %r, a %s, is not logged", name, type(value).__name__)
+                warn_left_out(self.name, "numbers", name, type(value).__name__)
         mlflow.log_metrics(numbers, step=step, **kwargs)
 
     @on_main_process

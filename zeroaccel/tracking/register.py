@@ -48,12 +48,15 @@ _INSTALLED: dict[str, Callable[[], bool]] = {
     "trackio": packages.is_trackio_available,
 }
 
+# What makes an object a tracker: integrations of other libraries derive theirs from Accelerate's base class.
+_INTERFACE = ("name", "start", "store_init_configuration", "log", "finish")
+
 Wanted = str | LoggerType | GeneralTracker
 
 
-def get_available_trackers() -> list[str]:
-    """Names of the built-in trackers whose packages are installed."""
-    return [name for name, is_installed in _INSTALLED.items() if is_installed()]
+def get_available_trackers() -> list[LoggerType]:
+    """The built-in trackers whose packages are installed."""
+    return [LoggerType(name) for name, is_installed in _INSTALLED.items() if is_installed()]
 
 
 def register_tracker_class(tracker_class: type[GeneralTracker]) -> None:
@@ -82,36 +85,49 @@ def register_tracker_class(tracker_class: type[GeneralTracker]) -> None:
 def filter_trackers(
     log_with: Wanted | Sequence[Wanted] | None, logging_dir: str | os.PathLike[str] | None = None
 ) -> list[Any]:
-    """Those of the wanted trackers that can run here, each once: objects first, then names.
+    """Those of the wanted trackers that can run here, in their order, each name once.
 
     Args:
-        log_with: names, "all" for all that are installed, or trackers; one or several.
+        log_with: names, "all" for objects and then all that are installed, or trackers; one or several.
         logging_dir: where logs go.
 
     Raises:
         ConfigError: a name is unknown, or its tracker needs a `logging_dir`.
     """
     wanted = [] if log_with is None else list(log_with) if isinstance(log_with, (list, tuple)) else [log_with]
-    objects = [each for each in wanted if isinstance(each, GeneralTracker)]
-    names = [_known(each) for each in wanted if not isinstance(each, GeneralTracker)]
-    if LoggerType.ALL in names:
-        names += get_available_trackers()
-    found = [name for name in dict.fromkeys(names) if name != LoggerType.ALL and _can_run(name)]
-    for name in found:
-        if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory and logging_dir is None:
-            raise ConfigError(
-                f"log_with={name!r} writes files, and there is no folder for them: pass"
-                " Accelerator(project_dir=...), or project_config=ProjectConfiguration(logging_dir=...)"
-            )
-    return [*objects, *found]
+    chosen: list[Any] = [each if _is_tracker(each) else _known(each) for each in wanted]
+    if LoggerType.ALL in chosen:
+        found = [each for each in chosen if _is_tracker(each)] + _all_that_can_run(logging_dir)
+    else:
+        found = [each for each in dict.fromkeys(chosen) if _is_tracker(each) or _can_run(each)]
+        for name in found:
+            if _needs_folder(name) and logging_dir is None:
+                raise ConfigError(
+                    f"log_with={str(name)!r} writes files, and there is no folder for them: pass"
+                    " Accelerator(project_dir=...), or project_config=ProjectConfiguration(logging_dir=...)"
+                )
+    if wanted and not found:
+        logger.warning("log_with=%r: nothing is logged, as no tracker is there", log_with)
+    return found
+
+
+def _is_tracker(candidate: Any) -> bool:
+    return not isinstance(candidate, (str, type)) and all(hasattr(candidate, part) for part in _INTERFACE)
 
 
 def _known(name: Any) -> str:
-    text = str(name)
-    if not isinstance(name, str) or (text not in LOGGER_TYPE_TO_CLASS and text != LoggerType.ALL):
-        choice = ", ".join(repr(known) for known in [LoggerType.ALL.value, *LOGGER_TYPE_TO_CLASS])
-        raise ConfigError(f"log_with={name!r} is no tracker: choose from {choice}, or pass a GeneralTracker object")
-    return text
+    """A name that is known, as `LoggerType` where it is a built-in one's."""
+    if isinstance(name, str):
+        if name in LoggerType:
+            return LoggerType(name)
+        if name in LOGGER_TYPE_TO_CLASS:
+            return name
+    choice = ", ".join(repr(known) for known in [LoggerType.ALL.value, *LOGGER_TYPE_TO_CLASS])
+    raise ConfigError(f"log_with={name!r} is no tracker: choose from {choice}, or pass a GeneralTracker object")
+
+
+def _needs_folder(chosen: Any) -> bool:
+    return isinstance(chosen, str) and bool(LOGGER_TYPE_TO_CLASS[chosen].requires_logging_directory)
 
 
 def _can_run(name: str) -> bool:
@@ -119,3 +135,12 @@ def _can_run(name: str) -> bool:
         return True
     logger.warning("%s is not installed: log_with leaves it out", name)
     return False
+
+
+def _all_that_can_run(logging_dir: str | os.PathLike[str] | None) -> list[Any]:
+    found = get_available_trackers()
+    homeless = [name for name in found if _needs_folder(name) and logging_dir is None]
+    if homeless:
+        names = ", ".join(homeless)
+        logger.warning("log_with='all' leaves %s out, which needs Accelerator(project_dir=...)", names)
+    return [name for name in found if name not in homeless]

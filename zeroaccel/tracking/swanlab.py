@@ -57,8 +57,7 @@ class SwanLabTracker(GeneralTracker):
         """
         import swanlab
 
-        for name, images in values.items():
-            self.log({name: [swanlab.Image(image) for image in images]}, step=step, **kwargs)
+        self.log({name: list(map(swanlab.Image, images)) for name, images in values.items()}, step=step, **kwargs)
 
     @on_main_process
     def finish(self) -> None:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, warn_left_out
 
-logger = library_logger(__name__)
+
+class _Plain(yaml.SafeDumper):
+    """Writes numbers of NumPy and PyTorch as numbers, enumerations as their values, all else as its text."""
+
+
+def _represent(dumper: yaml.SafeDumper, given: Any) -> yaml.Node:
+    value = given.value if isinstance(given, Enum) else plain(given)
+    return dumper.represent_data(str(value) if type(value) is type(given) else value)
+
+
+_Plain.add_multi_representer(object, _represent)
 
 
 class TensorBoardTracker(GeneralTracker):
@@ -30,11 +40,12 @@ class TensorBoardTracker(GeneralTracker):
     def __init__(self, run_name: str, logging_dir: str | os.PathLike[str], **kwargs: Any) -> None:
         super().__init__()
         self.run_name = run_name
-        self.logging_dir = os.path.join(logging_dir, run_name)
+        self.logging_dir_param = logging_dir
         self.init_kwargs = kwargs
 
     @on_main_process
     def start(self) -> None:
+        self.logging_dir = os.path.join(self.logging_dir_param, self.run_name)
         try:
             from torch.utils import tensorboard
         except ImportError:
@@ -51,16 +62,13 @@ class TensorBoardTracker(GeneralTracker):
         """Notes hyperparameters as TensorBoard's, and in `<logging_dir>/<run_name>/<time>/hparams.yml`.
 
         Raises:
-            ValueError: one of them is not a bool, str, float or int.
+            ValueError: one of them is not a bool, str, float, int or None.
         """
-        self.writer.add_hparams(values, metric_dict={})
+        self.writer.add_hparams({name: plain(value) for name, value in values.items()}, metric_dict={})
         self.writer.flush()
         folder = Path(self.logging_dir, str(time.time()))
-        folder.mkdir(parents=True)
-        try:
-            (folder / "hparams.yml").write_text(yaml.safe_dump(values))
-        except yaml.YAMLError as problem:
-            logger.warning("hyperparameters are not in hparams.yml, which takes plain values: %s", problem)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "hparams.yml").write_text(yaml.dump(values, Dumper=_Plain))
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -82,9 +90,7 @@ class TensorBoardTracker(GeneralTracker):
             elif isinstance(value, dict):
                 self.writer.add_scalars(name, value, global_step=step, **kwargs)
             else:
-                logger.warning(
-                    "tensorboard takes numbers and texts, so %r, a %s, is not logged", name, type(value).__name__
-                )
+                warn_left_out(self.name, "numbers and texts", name, type(value).__name__)
         self.writer.flush()
 
     @on_main_process

@@ -56,8 +56,7 @@ class WandBTracker(GeneralTracker):
         """
         import wandb
 
-        for name, images in values.items():
-            self.log({name: [wandb.Image(image) for image in images]}, step=step, **kwargs)
+        self.log({name: list(map(wandb.Image, images)) for name, images in values.items()}, step=step, **kwargs)
 
     @on_main_process
     def log_table(

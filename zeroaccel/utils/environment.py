@@ -27,10 +27,10 @@ __getattr__, __all__ = reexport(
         ],
         "zeroaccel.engine.machine": [
             "check_cuda_fp8_capability",
+            "check_cuda_p2p_ib_support",
             "get_current_device_type",
         ],
         "zeroaccel.refused": [
-            "check_cuda_p2p_ib_support",
             "get_driver_version",
             "get_gpu_info",
             "override_numa_affinity",

@@ -14,6 +14,7 @@ __getattr__, __all__ = reexport(
             "TensorInformation",
             "broadcast",
             "broadcast_object_list",
+            "chained_operation",
             "concatenate",
             "convert_outputs_to_fp32",
             "convert_to_fp32",
@@ -37,14 +38,13 @@ __getattr__, __all__ = reexport(
             "reduce",
             "send_to_device",
             "slice_tensors",
+            "verify_operation",
         ],
         "zeroaccel.engine.zero3": [
             "GatheredParameters",
         ],
         "zeroaccel.refused": [
-            "chained_operation",
             "gather_tensor_shape",
-            "verify_operation",
         ],
     },
 )
