@@ -16,7 +16,7 @@ import pexpect
 import pytest
 import yaml
 
-from tests.commands.runs import PROGRAMS, clean_environment
+from tests.commands.runs import PROGRAMS, clean_environment, wait_until
 from zeroaccel.commands import launch
 from zeroaccel.commands.config.questions import QUESTIONS
 from zeroaccel.commands.main import main
@@ -383,6 +383,9 @@ def test_ctrl_d_is_the_end_of_the_answers(at: str, tmp_path: Path) -> None:
     assert files_in(tmp_path) == []
 
 
+MENUS = {"In which", "Which type of machine", "stage?", "states?", "parameters?", "mixed precision?"}
+
+
 def test_the_same_answers_give_accelerates_questionnaire_the_same_file(tmp_path: Path) -> None:
     theirs, ours = str(tmp_path / "theirs.yaml"), str(tmp_path / "ours.yaml")
     child = pexpect.spawn(
@@ -404,6 +407,8 @@ def test_the_same_answers_give_accelerates_questionnaire_the_same_file(tmp_path:
         for words, keys in steps:
             child.expect_exact(words)
             child.expect(r"[:?>➔]")  # behind the question, where the answer is read
+            if words in MENUS:  # which throw away what comes before they listen
+                wait_until(lambda: not termios.tcgetattr(child.child_fd)[3] & termios.ICANON, "the menu listens")
             child.send(keys)
         child.expect(pexpect.EOF)
     finally:

@@ -62,6 +62,8 @@ def main(how: str, folder: str) -> None:
     if how == "exit with a message":
         sys.exit("there is no data")
     if RANK == "1" and how != "sleep" and how != "ignore signals":
+        while not Path(folder, "pids0").exists():
+            time.sleep(0.01)
         end(how)
     if "torch" in sys.modules:
         sys.modules["torch"].distributed.barrier()
