@@ -4,59 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from zeroaccel.tracking.general import GeneralTracker, on_main_process
+from zeroaccel.tracking.general import on_main_process
+from zeroaccel.tracking.project_run import ImageRunTracker
 
 
-class WandBTracker(GeneralTracker):
-    """A run of Weights & Biases.
+class WandBTracker(ImageRunTracker):
+    """A run of Weights & Biases; arguments beside the name are for `wandb.init`."""
 
-    Args:
-        run_name: becomes its project.
-        kwargs: for `wandb.init`.
-    """
-
-    name = "wandb"
-    requires_logging_directory = False
-    main_process_only = False
-
-    def __init__(self, run_name: str, **kwargs: Any) -> None:
-        super().__init__()
-        self.run_name = run_name
-        self.init_kwargs = kwargs
-
-    @on_main_process
-    def start(self) -> None:
-        import wandb
-
-        self.run = wandb.init(project=self.run_name, **self.init_kwargs)
-
-    @property
-    def tracker(self) -> Any:
-        """The `wandb.Run`."""
-        return self.run
-
-    @on_main_process
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        import wandb
-
-        wandb.config.update(values, allow_val_change=True)
-
-    @on_main_process
-    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        self.run.log(values, step=step, **kwargs)
-
-    @on_main_process
-    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Notes lists of images.
-
-        Args:
-            values: by name, each image as `wandb.Image` takes it.
-            step: number of the step that they belong to.
-            kwargs: for `Run.log`.
-        """
-        import wandb
-
-        self.log({name: list(map(wandb.Image, images)) for name, images in values.items()}, step=step, **kwargs)
+    name = _module = "wandb"
 
     @on_main_process
     def log_table(
@@ -75,12 +30,7 @@ class WandBTracker(GeneralTracker):
             columns, data: names of the columns and rows; or
             dataframe: both in one, as pandas has it.
             step: number of the step that it belongs to.
-            kwargs: for `Run.log`.
+            kwargs: for the run's `log`.
         """
-        import wandb
-
-        self.log({table_name: wandb.Table(columns=columns, data=data, dataframe=dataframe)}, step=step, **kwargs)
-
-    @on_main_process
-    def finish(self) -> None:
-        self.run.finish()
+        table = self._tool.Table(columns=columns, data=data, dataframe=dataframe)
+        self.log({table_name: table}, step=step, **kwargs)
