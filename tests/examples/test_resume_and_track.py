@@ -10,13 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zeroaccel.checkpoint import PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "resume_and_track.py"
-EPOCHS, STEPS = 8, 10  # of an epoch on two ranks
+EPOCHS, STEPS = 5, 10  # of an epoch on two ranks
 
 
 def command(folder: Path, ranks: int, stage: int) -> list[str]:
@@ -35,24 +37,47 @@ def steps(folder: Path) -> list[int]:
     return [event.step for event in found.Scalars("loss")] if "loss" in found.Tags()["scalars"] else []
 
 
-def test_an_interrupted_run_goes_on_with_the_next_step_on_one_rank_and_another_stage(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+def interrupt(folder: Path, number: signal.Signals, after: int) -> int:
+    """Starts the example on two ranks, ends it after so many steps: by a signal to the launcher, or SIGKILL to ranks.
+
+    Returns:
+        The launcher's exit status.
+    """
+    log = folder / "log"
     with log.open("w") as out:
-        first = subprocess.Popen(command(tmp_path, 2, 2), cwd=ROOT, env=environment(), stdout=out, stderr=out)
+        run = subprocess.Popen(command(folder, 2, 2), cwd=ROOT, env=environment(), stdout=out, stderr=out)
         limit = time.monotonic() + 240
-        while not (tmp_path / "sentence_pairs").exists() or not steps(tmp_path):
+        while not (folder / "sentence_pairs").exists() or len(steps(folder)) < after:
             assert time.monotonic() < limit
-            assert first.poll() is None, log.read_text()
-            time.sleep(0.02)
-        first.send_signal(signal.SIGTERM)
-        assert first.wait(timeout=60) == PREEMPTED, log.read_text()
-    done = len(steps(tmp_path))
-    assert 0 < done < EPOCHS * STEPS
-    second = subprocess.run(
+            assert run.poll() is None, log.read_text()
+            time.sleep(0.1)
+        launcher = psutil.Process(run.pid)
+        for process in launcher.children() if number == signal.SIGKILL else [launcher]:
+            process.send_signal(number)
+        return run.wait(timeout=60)
+
+
+# The signal, steps before it, and the exit status.
+SIGTERM = (signal.SIGTERM, 1, PREEMPTED)
+SIGKILL = (signal.SIGKILL, STEPS + 3, 128 + signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end", [SIGTERM, pytest.param(SIGKILL, marks=pytest.mark.full)], ids=["SIGTERM", "SIGKILL"])
+def test_an_interrupted_run_goes_on_on_one_rank_and_another_stage_in_one_curve(
+    end: tuple[signal.Signals, int, int], tmp_path: Path
+) -> None:
+    number, after, status = end
+    assert interrupt(tmp_path, number, after) == status
+    drawn = len(steps(tmp_path))
+    assert after <= drawn < EPOCHS * STEPS
+    rest = subprocess.run(
         command(tmp_path, 1, 3), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
     )
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert f"going on in epoch {1 + done // STEPS} after step {done}" in second.stdout
-    (last,) = re.findall(r"done after step (\d+)", second.stdout)
-    assert steps(tmp_path) == list(range(1, int(last) + 1)), "none is missing, none is there twice"
-    assert int(last) == done + 2 * (EPOCHS * STEPS - done), "one rank takes the rest of the samples alone"
+    assert rest.returncode == 0, rest.stdout + rest.stderr
+    (found,) = re.findall(r"going on in epoch (\d+) after step (\d+)", rest.stdout)
+    epoch, done = map(int, found)
+    assert epoch == 1 + done // STEPS
+    assert done == drawn if number == signal.SIGTERM else done % STEPS == 0, "the last checkpoint ends an epoch"
+    (last,) = map(int, re.findall(r"done after step (\d+)", rest.stdout))
+    assert last == done + 2 * (EPOCHS * STEPS - done), "one rank takes the rest of the samples alone"
+    assert steps(tmp_path) == list(range(1, last + 1)), "none is missing, none is there twice"
