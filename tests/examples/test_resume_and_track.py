@@ -18,12 +18,12 @@ from zeroaccel.checkpoint import PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "resume_and_track.py"
-EPOCHS, STEPS = 5, 10  # of an epoch on two ranks
+EPOCHS, STEPS = 4, 5  # of an epoch on two ranks
 
 
 def command(folder: Path, ranks: int, stage: int) -> list[str]:
     launch = [sys.executable, "-m", "zeroaccel", "launch", "--cpu", "--num_processes", str(ranks)]
-    options = ["--project_dir", str(folder), "--num_epochs", str(EPOCHS), "--max_samples", "640"]
+    options = ["--project_dir", str(folder), "--num_epochs", str(EPOCHS), "--max_samples", "320"]
     return [*launch, "--zero_stage", str(stage), str(SCRIPT), *options]
 
 
@@ -59,7 +59,7 @@ def interrupt(folder: Path, number: signal.Signals, after: int) -> int:
 
 # The signal, steps before it, and the exit status.
 SIGTERM = (signal.SIGTERM, 1, PREEMPTED)
-SIGKILL = (signal.SIGKILL, STEPS + 3, 128 + signal.SIGKILL)
+SIGKILL = (signal.SIGKILL, STEPS + 2, 128 + signal.SIGKILL)
 
 
 @pytest.mark.parametrize("end", [SIGTERM, pytest.param(SIGKILL, marks=pytest.mark.full)], ids=["SIGTERM", "SIGKILL"])
