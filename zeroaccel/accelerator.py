@@ -228,6 +228,7 @@ class Accelerator:
         self.rng_types = ["generator"] if rng_types is None else rng_types
         self.log_with = filter_trackers(log_with, self.logging_dir)
         self.trackers: list[Any] = []
+        self._trackers_ended = False
         self._reset_loop()
         self._backend = make_backend(self._setup(typed, implicit), self.state, self.gradient_state)
         self._checkpoints = Checkpoints(self.project_configuration)
@@ -842,10 +843,10 @@ class Accelerator:
         """
         if not self.is_main_process:
             return
-        wanted = [each for each in self.log_with if each not in self.trackers]  # an object starts once
-        new = running.made(wanted, self.logging_dir, project_name, init_kwargs or {})
-        self.trackers += new
-        running.start(new, config)
+        if self._trackers_ended:
+            self.trackers, self._trackers_ended = [], False
+        wanted = [each for each in self.log_with if not any(each is tracker for tracker in self.trackers)]
+        running.start(running.made(wanted, self.logging_dir, project_name, init_kwargs or {}), config, self.trackers)
 
     def log(
         self, values: dict[str, Any], step: int | None = None, log_kwargs: dict[str, dict[str, Any]] | None = None
@@ -1009,6 +1010,7 @@ class Accelerator:
 
     def end_training(self) -> None:
         """The last call of a script: ends trackers and the process group, all of them even if one of them fails."""
+        self._trackers_ended = True
         with contextlib.ExitStack() as ending:
             ending.callback(PartialState().destroy_process_group)
             for tracker in reversed(self.trackers):

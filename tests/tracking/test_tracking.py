@@ -6,6 +6,7 @@ import csv
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import MagicMock, call
@@ -305,6 +306,37 @@ def test_a_second_init_adds_a_run_and_starts_an_object_once(registered: None) ->
     ]
 
 
+def test_a_run_after_the_end_of_another_has_trackers_of_its_own(registered: None) -> None:
+    own = ListTracker("own")
+    accelerator = Accelerator(cpu=True, log_with=["list", own])
+    ended = []
+    for name in ("first", "second"):
+        accelerator.init_trackers(name)
+        accelerator.log({"run": name})
+        accelerator.end_training()
+        ended.append(accelerator.get_tracker("list"))
+    assert [tracker.told for tracker in ended] == [
+        [(name, {}), "start", ("log", {"run": name}, None, {}), "finish"] for name in ("first", "second")
+    ]
+    assert own.told.count("start") == own.told.count("finish") == 2
+
+
+def test_trackers_that_compare_by_value_are_told_apart() -> None:
+    @dataclass
+    class Same(GeneralTracker):
+        name = "same"
+        requires_logging_directory = False
+        tracker: int = 0
+
+        def start(self) -> None:
+            self.tracker += 1
+
+    first, second = Same(), Same()
+    accelerator = Accelerator(cpu=True, log_with=[first, second])
+    accelerator.init_trackers("project")
+    assert [first.tracker, second.tracker] == [1, 1]
+
+
 def test_trackers_go_on_after_one_that_cannot_start_and_end_after_one_that_cannot_end() -> None:
     class Broken(ListTracker):
         name = "broken"
@@ -320,10 +352,11 @@ def test_trackers_go_on_after_one_that_cannot_start_and_end_after_one_that_canno
     with pytest.raises(ConnectionError):
         accelerator.init_trackers("project")
     accelerator.log({"loss": 1.0})
+    accelerator.trackers.insert(0, broken)
     with pytest.raises(OSError, match="disk full"):
         accelerator.end_training()
     assert first.told[1:] == ["start", ("log", {"loss": 1.0}, None, {}), "finish"]
-    assert last.told[1:] == [("log", {"loss": 1.0}, None, {}), "finish"]
+    assert last.told[1:] == []
 
 
 def test_hyperparameters_of_numpy_and_enumerations_are_in_the_file(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
 
 def is_repeated_blocks(module: nn.Module) -> bool:
     """Whether this is a ModuleList whose members are all of the first one's class, and that is not empty."""
@@ -49,10 +51,10 @@ def compile_regions_deepspeed(module: nn.Module, **compile_kwargs: Any) -> None:
 
 
 def _is_region(child: nn.Module, parent: nn.Module) -> bool:
-    if is_repeated_blocks(parent):
-        return True
     # A list or dictionary of modules is never called, and what torch.compile makes of it could not be indexed.
-    return not (has_repeated_blocks(child) or hasattr(child, "__getitem__"))
+    if isinstance(child, _CONTAINERS):
+        return False
+    return is_repeated_blocks(parent) or not (has_repeated_blocks(child) or hasattr(child, "__getitem__"))
 
 
 def _regions(module: nn.Module) -> Iterator[nn.Module]:

@@ -106,7 +106,7 @@ class ClearMLTracker(GeneralTracker):
         """
         if dataframe is None and data is None:
             raise ConfigError(f"log_table({table_name!r}) got no table: pass data (rows) or dataframe")
-        rows = [*([] if columns is None else [columns]), *(data or [])]
+        rows = data if columns is None else [columns, *(data if data is not None else [])]
         table = rows if dataframe is None else dataframe
         self.task.get_logger().report_table(**_place(table_name), table_plot=table, iteration=step, **kwargs)
 

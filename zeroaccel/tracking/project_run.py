@@ -63,4 +63,5 @@ class ImageRunTracker(ProjectRunTracker):
             step: number of the step that they belong to.
             kwargs: for the run's `log`.
         """
-        self.log({name: list(map(self._tool.Image, images)) for name, images in values.items()}, step=step, **kwargs)
+        for name, images in values.items():
+            self.log({name: list(map(self._tool.Image, images))}, step=step, **kwargs)

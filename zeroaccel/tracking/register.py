@@ -99,7 +99,8 @@ def filter_trackers(
     if LoggerType.ALL in chosen:
         found = [each for each in chosen if _is_tracker(each)] + _all_that_can_run(logging_dir)
     else:
-        found = [each for each in dict.fromkeys(chosen) if _is_tracker(each) or _can_run(each)]
+        once = [each for place, each in enumerate(chosen) if _is_tracker(each) or each not in chosen[:place]]
+        found = [each for each in once if _is_tracker(each) or _can_run(each)]
         for name in found:
             if _needs_folder(name) and logging_dir is None:
                 raise ConfigError(

@@ -36,10 +36,17 @@ def made(
     return trackers
 
 
-def start(trackers: list[Any], config: dict[str, Any] | None) -> None:
-    """Starts trackers, and has them note the hyperparameters."""
+def start(trackers: list[Any], config: dict[str, Any] | None, running: list[Any]) -> None:
+    """Starts trackers, and has them note the hyperparameters.
+
+    Args:
+        trackers: new ones.
+        config: hyperparameters.
+        running: gets each of them as soon as it runs.
+    """
     for tracker in trackers:
         tracker.start()
+        running.append(tracker)
     if config is not None:
         for tracker in trackers:
             tracker.store_init_configuration(config)
