@@ -373,6 +373,12 @@ def engine(stage: int, backend: str, precision: str = "no", model: Any = net) ->
     return made, own, prepared, optimizer
 
 
+def let_go(accelerator: Any) -> None:
+    """Leaves the rank to other tests as it was: compiled code keeps its modules, and tensors without memory."""
+    accelerator.free_memory()
+    torch._dynamo.reset()
+
+
 def trained(stage: int, backend: str, precision: str, whole: bool = False) -> dict[str, Any]:
     """What a rank has after training."""
     from tests.parity.problem import full_weights
@@ -389,7 +395,7 @@ def trained(stage: int, backend: str, precision: str, whole: bool = False) -> di
         "names": list(own.state_dict()),
         "state": accelerator.get_state_dict(model),
     }
-    accelerator.free_memory()
+    let_go(accelerator)
     return found
 
 
@@ -446,12 +452,12 @@ def save_and_go_on(stage: int, saves: str, loads: str, folder: str) -> tuple[Any
     accelerator.wait_for_everyone()
     saved, weights = load_file(f"{folder}/weights/model.safetensors"), full_weights(model)
     losses = train(accelerator, model, optimizer, seed=5)
-    accelerator.free_memory()
+    let_go(accelerator)
     accelerator, _, model, optimizer = engine(stage, loads)
     accelerator.load_state(folder)
     again = train(accelerator, model, optimizer, seed=5)
     eager = ran_eagerly[:]
-    accelerator.free_memory()
+    let_go(accelerator)
     return losses, again, saved, weights, eager
 
 

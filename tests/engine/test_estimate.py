@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from tests.distributed.pool import RankPool
 from zeroaccel.engine.estimate import (
@@ -33,16 +34,17 @@ BUCKET = 100_000
 SWAP_BUFFER = 2_000_000  # DeepSpeed's own is 100 million, and has to be there in full
 
 
-def held() -> dict[int, int]:
-    """Storages of all tensors of this process: address and bytes."""
+def held() -> dict[int, torch.UntypedStorage]:
+    """Storages of all tensors of this process by address, which nobody else gets as long as they are kept."""
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn when they are asked for their class
         tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    tensors = [each for each in tensors if not isinstance(each, FakeTensor)]  # of torch.compile, without memory
     for tensor in tensors:
         for each in (tensor, tensor.grad if tensor.is_leaf else None):
             if each is not None and each.device.type == "cpu":
-                found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+                found[each.untyped_storage().data_ptr()] = each.untyped_storage()
     return found
 
 
@@ -63,7 +65,7 @@ def held_in_training(stage: int, offload: str, dtype: str, folder: str) -> int:
     from tests.engine.small import accelerator
 
     gc.collect()
-    before = set(held())
+    before = held()
     prepared = accelerator(config_of(stage, offload, dtype, folder))
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
@@ -75,7 +77,7 @@ def held_in_training(stage: int, offload: str, dtype: str, folder: str) -> int:
             optimizer.zero_grad()
         prepared.backward(engine(torch.ones(1, WIDTH, dtype=getattr(torch, dtype))).float().mean())
     gc.collect()
-    size = sum(size for address, size in held().items() if address not in before)
+    size = sum(storage.nbytes() for address, storage in held().items() if address not in before)
     optimizer.step()
     prepared.free_memory()
     return size
