@@ -6,7 +6,7 @@ from typing import Any
 
 from zeroaccel.config import environment
 from zeroaccel.errors import ConfigError
-from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, warn_left_out
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, taken
 
 _SERIES = ("eval", "test", "train")
 
@@ -60,11 +60,8 @@ class ClearMLTracker(GeneralTracker):
             kwargs: for `report_scalar` or `report_single_value`.
         """
         report = self.task.get_logger()
-        for name, given in values.items():
-            value = plain(given)
-            if not isinstance(value, (int, float)):
-                warn_left_out(self.name, "numbers", name, type(value).__name__)
-            elif step is None:
+        for name, value in taken(self.name, "numbers", values, (int, float)):
+            if step is None:
                 report.report_single_value(name=name, value=value, **kwargs)
             else:
                 report.report_scalar(**_place(name), value=value, iteration=step, **kwargs)

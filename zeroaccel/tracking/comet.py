@@ -6,7 +6,7 @@ from typing import Any
 
 from packaging.version import parse
 
-from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, warn_left_out
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, taken
 
 
 class CometMLTracker(GeneralTracker):
@@ -55,16 +55,13 @@ class CometMLTracker(GeneralTracker):
         """
         if step is not None:
             self.writer.set_step(step)
-        for name, given in values.items():
-            value = plain(given)
+        for name, value in taken(self.name, "numbers and texts", values, (int, float, str, dict)):
             if isinstance(value, (int, float)):
                 self.writer.log_metric(name, value, step=step, **kwargs)
             elif isinstance(value, str):
                 self.writer.log_other(name, value, **kwargs)
-            elif isinstance(value, dict):
-                self.writer.log_metrics(value, step=step, **kwargs)
             else:
-                warn_left_out(self.name, "numbers and texts", name, type(value).__name__)
+                self.writer.log_metrics(value, step=step, **kwargs)
 
     @on_main_process
     def finish(self) -> None:

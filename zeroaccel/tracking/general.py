@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from zeroaccel.logging import library_logger
@@ -35,6 +35,23 @@ def plain(value: Any) -> Any:
 def warn_left_out(tool: str, takes: str, name: str, kind: str) -> None:
     """Says once that a tool does not take what was given under this name."""
     logger.warning("%s takes %s, so %r, a %s, is not logged", tool, takes, name, kind)
+
+
+def taken(tool: str, takes: str, values: dict[str, Any], kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    """Names and values of these kinds, numbers of NumPy and PyTorch as Python's; what is left out is told once.
+
+    Args:
+        tool: which takes them.
+        takes: what it takes, in words.
+        values: by name.
+        kinds: the same as classes.
+    """
+    for name, given in values.items():
+        value = plain(given)
+        if isinstance(value, kinds):
+            yield name, value
+        else:
+            warn_left_out(tool, takes, name, type(value).__name__)
 
 
 class GeneralTracker:

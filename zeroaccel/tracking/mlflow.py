@@ -9,7 +9,7 @@ from typing import Any
 
 from zeroaccel.config import environment
 from zeroaccel.logging import library_logger
-from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, warn_left_out
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, taken
 
 logger = library_logger(__name__)
 
@@ -110,13 +110,7 @@ class MLflowTracker(GeneralTracker):
         """
         import mlflow
 
-        numbers = {}
-        for name, given in values.items():
-            value = plain(given)
-            if isinstance(value, (int, float)):
-                numbers[name] = value
-            else:
-                warn_left_out(self.name, "numbers", name, type(value).__name__)
+        numbers = dict(taken(self.name, "numbers", values, (int, float)))
         mlflow.log_metrics(numbers, step=step, **kwargs)
 
     @on_main_process

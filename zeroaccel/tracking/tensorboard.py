@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, warn_left_out
+from zeroaccel.tracking.general import GeneralTracker, on_main_process, plain, taken
 
 
 class _Plain(yaml.SafeDumper):
@@ -81,16 +81,13 @@ class TensorBoardTracker(GeneralTracker):
             step: number of the step that they belong to.
             kwargs: for `add_scalar`, `add_text` or `add_scalars`.
         """
-        for name, given in values.items():
-            value = plain(given)
+        for name, value in taken(self.name, "numbers and texts", values, (int, float, str, dict)):
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, global_step=step, **kwargs)
             elif isinstance(value, str):
                 self.writer.add_text(name, value, global_step=step, **kwargs)
-            elif isinstance(value, dict):
-                self.writer.add_scalars(name, value, global_step=step, **kwargs)
             else:
-                warn_left_out(self.name, "numbers and texts", name, type(value).__name__)
+                self.writer.add_scalars(name, value, global_step=step, **kwargs)
         self.writer.flush()
 
     @on_main_process
